@@ -1,0 +1,43 @@
+# make train          set up, then run the main job (recipe tiny-geneval); make train ARGS="--recipe tiny-ocr"
+# make test           set up, then run all tests, the notebooks among them;  make test ARGS="-k geneval"
+# make seeds          the table of the README: both recipes, three seeds each
+# make setup          the virtual environment alone;  make clean removes it and what tests leave behind, never runs/
+#
+# Needs make and Python 3.10 or newer with venv. PYTHON=python3.12 chooses one, PIP_FLAGS goes to pip: without a GPU,
+# PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" fetches the small CPU build of torch.
+PYTHON ?= python3
+VENV ?= .venv
+SEEDS ?= 0 1 2
+RECIPES ?= tiny-geneval tiny-ocr
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.PHONY: train test seeds setup clean
+
+train: $(STAMP)
+	@$(BIN)/python -m vgpo.train $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+# A run that has its report is not repeated.
+seeds: $(STAMP)
+	@set -e; for recipe in $(RECIPES); do for seed in $(SEEDS); do \
+	  name=seeds-$$recipe-$$seed; \
+	  if [ ! -f runs/$$name/report.md ]; then \
+	    $(BIN)/python -m vgpo.train --recipe $$recipe --seed $$seed --name $$name; fi; \
+	done; done
+	@for report in runs/seeds-*/report.md; do echo; cat $$report; done
+
+setup: $(STAMP)
+
+$(STAMP): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: vgpo needs Python 3.10 or newer, \
+	this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .coverage _proc
+	find . -name __pycache__ -prune -exec rm -rf {} +
