@@ -115,7 +115,7 @@ def launch(arguments, tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_ends_like_an_unbroken_one(options, tmp_path, how):
-    options = [*options, "--epochs=6", "--evaluation.images=2"]
+    options = [*options, "--epochs=6", "--evaluation.images=6"]
     whole = launch([*options, "--name=whole"], tmp_path)
     assert whole.wait() == 0, whole.stdout.read().decode()
     broken = launch([*options, "--name=broken"], tmp_path)
@@ -203,7 +203,7 @@ def program_reward(name):
         (["--reward.name", "beauty"], "unknown reward 'beauty'"),
         (["--prompts.train", "missing.txt"], "prompt file missing.txt does not exist"),
         (["--model.path", "vgpo_no_such_folder"], "vgpo_no_such_folder"),
-        (["--sampling.groups", "9999", "--optim.updates", "1"], "9999 groups need as many prompts"),
+        (["--sampling.groups", "9999", "--optim.updates", "1"], "sampling.groups is 9999, but there are 3000"),
         (["--optim.updates", "3"], "optim.updates is 3; it must divide the 8 images"),
         (["--values.gamma", "1.5"], "values.gamma is 1.5"),
         (["--resume", "nowhere"], "--resume"),

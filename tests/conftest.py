@@ -1,0 +1,3 @@
+import pytest
+@pytest.fixture(scope="session")
+def tiny_folder(): return "/work/build/rand"
