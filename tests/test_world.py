@@ -40,9 +40,9 @@ def test_golden_pictures():
     """Means of pictures, with a tolerance for other versions of Pillow and FreeType; and where the rng stands after."""
     rng = random.Random(5)
     pictures = [render_scene(row, rng) for row in rows_of(split_scenes()[1])[::4]]
-    assert rng.random() == pytest.approx(0.855753054324553) and np.mean(pictures) == pytest.approx(54.493, abs=0.3)
+    assert rng.random() == pytest.approx(0.7657512068440075) and np.mean(pictures) == pytest.approx(49.719, abs=0.3)
     pictures = [render_word(sign(word, color), rng) for word, color in zip(WORDS, [*scenes.COLORS] * 40, strict=False)]
-    assert rng.random() == pytest.approx(0.27640268487849307) and np.mean(pictures) == pytest.approx(97.945, abs=0.5)
+    assert rng.random() == pytest.approx(0.08214232108479302) and np.mean(pictures) == pytest.approx(98.247, abs=0.5)
 
 
 def test_wordings_are_those_of_geneval():
@@ -106,7 +106,7 @@ def test_placed_objects_are_inside_and_apart(n):
         assert len(spots) == n
         for i, (x, y, r) in enumerate(spots):
             assert r + 1 <= min(x, y) and max(x, y) <= scenes.SIZE - 1 - r
-            assert all(max(abs(x - a), abs(y - b)) > r + q + 1.5 for a, b, q in spots[:i])
+            assert all(max(abs(x - a), abs(y - b)) >= r + q + 1 for a, b, q in spots[:i])
 
 
 def test_pictures_hold_what_the_row_counts():

@@ -147,7 +147,7 @@ def train_flow(pipe, latents, captions, steps, batch_size=64, lr=1.5e-3, drop=0.
     return pipe
 
 # %% ../../nbs/16_pretrain.ipynb #c008
-def pretrain(out, scenes=60_000, words=60_000, autoencoder_steps=2400, flow_steps=9500, seed=0):
+def pretrain(out, scenes=100_000, words=18_000, autoencoder_steps=2000, flow_steps=5500, seed=0):
     "Make the tiny world's pipeline from nothing and save it in the folder `out`."
     pictures, captions = training_pictures(scenes, words, seed)
     torch.manual_seed(seed)

@@ -88,16 +88,17 @@ def draw_shape(draw, shape, color, cx, cy, r):
 def place(rng, n, relation=None, tries=200):
     """Centres and half-widths (x, y, r), in pixels, of n objects that do not touch; object 1 in `relation` to object 0.
 
-    Up to two objects have half-widths from 4.5 to 7.5, three or four from 4 to 5.5. ValueError if n is not 1 to 4.
+    Centres lie on a lattice of 4 pixels, the size of a latent cell. Half-widths are 4, 5 or (up to two objects) 6.
+    Raises ValueError if n is not 1 to 4.
     """
     if not 1 <= n <= max(NUMBERS): raise ValueError(f"a scene has 1 to {max(NUMBERS)} objects, got {n}")
-    big = (4.5, 7.5) if n <= 2 else (4.0, 5.5)
+    sizes = (4, 5, 6) if n <= 2 else (4, 5)
     while True:
         spots = []
         for _ in range(tries):
-            r = rng.uniform(*big)
-            x, y = rng.uniform(r + 1, SIZE - 1 - r), rng.uniform(r + 1, SIZE - 1 - r)
-            if all(max(abs(x - a), abs(y - b)) > r + q + 1.5 for a, b, q in spots): spots.append((x, y, r))
+            r = rng.choice(sizes)
+            x, y = rng.randrange(6, SIZE - r, 4), rng.randrange(6, SIZE - r, 4)
+            if min(x, y) > r and all(max(abs(x - a), abs(y - b)) > r + q for a, b, q in spots): spots.append((x, y, r))
             if len(spots) == n: break
         if len(spots) == n and (relation is None or stands(spots[1], spots[0], relation)): return spots
 
