@@ -7,7 +7,6 @@
 # PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" fetches the small CPU build of torch.
 PYTHON ?= python3
 VENV ?= .venv
-SEEDS ?= 0 1 2
 RECIPES ?= tiny-geneval tiny-ocr
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
@@ -20,14 +19,8 @@ train: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
 
-# A run that has its report is not repeated.
 seeds: $(STAMP)
-	@set -e; for recipe in $(RECIPES); do for seed in $(SEEDS); do \
-	  name=seeds-$$recipe-$$seed; \
-	  if [ ! -f runs/$$name/report.md ]; then \
-	    $(BIN)/python -m vgpo.train --recipe $$recipe --seed $$seed --name $$name; fi; \
-	done; done
-	@for report in runs/seeds-*/report.md; do echo; cat $$report; done
+	@for recipe in $(RECIPES); do $(BIN)/python -m vgpo.seeds --recipe $$recipe $(ARGS) || exit; done
 
 setup: $(STAMP)
 

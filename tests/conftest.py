@@ -1,3 +1,31 @@
+"""A tiny pipeline with random weights, built once for all tests that need a real diffusers model."""
+
+import os
+
 import pytest
+
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
 @pytest.fixture(scope="session")
-def tiny_folder(): return "/work/build/rand"
+def tiny_folder(tmp_path_factory):
+    "The folder (a Path) of a saved StableDiffusion3Pipeline of the tiny world's shape, its weights random."
+    import torch
+
+    from vgpo.world.pretrain import make_autoencoder, make_pipeline
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    pipe = make_pipeline(make_autoencoder())
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.1)  # a velocity that depends on the prompt
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def policy(tiny_folder):
+    "An SD3Policy of the random pipeline, without adapters."
+    from vgpo.policy import SD3Policy, load_pipeline
+
+    return SD3Policy(load_pipeline(str(tiny_folder)), max_sequence_length=0)

@@ -6,13 +6,13 @@
 __all__ = ['generate_images', 'make_policy', 'mean_over_tasks', 'summarise', 'Result', 'evaluate', 'load_run', 'open_model',
            'pick_device', 'table', 'check_at_least', 'evaluate_model', 'main']
 
-# %% ../nbs/22_evaluate.ipynb #c002
+# %% ../nbs/22_evaluate.ipynb #c003
 import json
 import math
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
@@ -26,43 +26,43 @@ from .policy import SD3Policy, load_pipeline
 from .prompts import load_prompts, sample_noise
 from .rewards.base import RewardError, Scores, make_reward, score
 
-# %% ../nbs/22_evaluate.ipynb #c005
+# %% ../nbs/22_evaluate.ipynb #c006
 def generate_images(policy, prompts, noise, steps=20, guidance_scale=1.0, batch_size=64, progress=None):
     """Pictures (N, H, W, 3) uint8 of N prompts, from noise (N, C, H, W), by the deterministic sampler.
 
-    `progress` names a bar; None shows none. Raises ValueError unless there is a noise for each prompt.
+    `progress` names a bar, shown on a terminal; None shows none. Raises ValueError unless there is a noise for each prompt.
     """
     if len(prompts) != len(noise): raise ValueError(f"{len(prompts)} prompts but {len(noise)} noises: give one a prompt")
     sigmas, images = policy.sigmas(steps), []
-    for i in trange(0, len(prompts), batch_size, desc=progress, disable=progress is None, leave=False):
+    for i in trange(0, len(prompts), batch_size, desc=progress, disable=progress is None or None, leave=False):
         condition = policy.encode(prompts[i : i + batch_size])
-        latents = ode_sample(lambda x, sigma: policy.velocity(x, sigma, condition, guidance_scale),
-                             noise[i : i + batch_size].to(policy.device), sigmas)
+        velocity = partial(policy.velocity, condition=condition, guidance_scale=guidance_scale)
+        latents = ode_sample(velocity, noise[i : i + batch_size].to(policy.device), sigmas)
         images.append(policy.decode(latents))
     return np.concatenate(images)
 
-# %% ../nbs/22_evaluate.ipynb #c007
+# %% ../nbs/22_evaluate.ipynb #c008
 def make_policy(config, device="cpu"):
     "The policy that a ModelConfig describes, without adapters."
     pipe = load_pipeline(config.path, getattr(torch, config.dtype))
     return SD3Policy(pipe, config.resolution, config.max_sequence_length, device)
 
-# %% ../nbs/22_evaluate.ipynb #c012
+# %% ../nbs/22_evaluate.ipynb #c013
 def mean_over_tasks(values, tags, largest_variance=0.25):
     """(mean, standard error, {task: (mean, standard error, images)}) of values (N,) with task names (N,), Eqs. (1, 2).
 
     `largest_variance` stands in for the variance of a task that has one image. Raises ValueError without values.
     """
-    values, tasks = np.asarray(values, dtype=float), {}
+    values, tags, tasks = np.asarray(values, dtype=float), np.asarray(tags), {}
     if not len(values): raise ValueError("there are no values to average: evaluate at least one image")
-    for task in sorted(set(tags)):
-        part = values[[tag == task for tag in tags]]
+    for task in np.unique(tags).tolist():
+        part = values[tags == task]
         variance = part.var(ddof=1) if len(part) > 1 else largest_variance
         tasks[task] = (float(part.mean()), math.sqrt(variance / len(part)), len(part))
     mean = sum(m for m, _, _ in tasks.values()) / len(tasks)
     return mean, math.sqrt(sum(e**2 for _, e, _ in tasks.values())) / len(tasks), tasks
 
-# %% ../nbs/22_evaluate.ipynb #c021
+# %% ../nbs/22_evaluate.ipynb #c022
 def summarise(scores, rows):
     """The summary of Scores over prompt rows: GenEval's way, a mean over tasks (`tag`) of the mean within each.
 
@@ -101,7 +101,7 @@ class Result:
             if key == "strict": change |= {task: {"change": m, "stderr": e} for task, (m, e, _) in tasks.items()}
         return change
 
-# %% ../nbs/22_evaluate.ipynb #c022
+# %% ../nbs/22_evaluate.ipynb #c023
 def evaluate(policy, reward, rows, config, seed=0, batch_size=64, timeout=600.0):
     """The Result of one image for each held-out row, with noise that depends on seed and row number alone.
 
@@ -114,7 +114,7 @@ def evaluate(policy, reward, rows, config, seed=0, batch_size=64, timeout=600.0)
     scores = score(reward, images, prompts, rows, timeout)
     return Result(images, scores, summarise(scores, rows), rows)
 
-# %% ../nbs/22_evaluate.ipynb #c029
+# %% ../nbs/22_evaluate.ipynb #c030
 def load_run(folder, device="cpu", model=None):
     """The (policy, Config) of a run, its LoRA loaded; `model` replaces the base model that the run names.
 
@@ -150,7 +150,7 @@ def pick_device():
     "The GPU if there is one, else the CPU."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/22_evaluate.ipynb #c031
+# %% ../nbs/22_evaluate.ipynb #c032
 def table(summary):
     "The summary as lines of text: a row a task, then the mean over tasks."
     lines = [f"{'task':<16}{'score':>8}" + (f"{'strict':>16}" if "strict" in summary else "")]
@@ -166,10 +166,10 @@ def check_at_least(**limits):
     for name, value in limits.items():
         if value is not None and value < 1: raise ValueError(f"--{name} is {value}; it must be at least 1")
 
-# %% ../nbs/22_evaluate.ipynb #c032
-def evaluate_model(model: str, prompts: Optional[str] = None, reward: Optional[str] = None, images: Optional[int] = None,
-                   steps: Optional[int] = None, guidance_scale: Optional[float] = None, seed: Optional[int] = None,
-                   recipe: str = "tiny-geneval", output: Optional[str] = None):
+# %% ../nbs/22_evaluate.ipynb #c033
+def evaluate_model(model: str, prompts: str | None = None, reward: str | None = None, images: int | None = None,
+                   steps: int | None = None, guidance_scale: float | None = None, seed: int | None = None,
+                   recipe: str = "tiny-geneval", output: str | None = None):
     """Draw one image for each held-out prompt, deterministically, and score it.
 
     Args:
@@ -195,7 +195,7 @@ def evaluate_model(model: str, prompts: Optional[str] = None, reward: Optional[s
     if output is None and (Path(model) / "config.yaml").is_file(): output = Path(model) / "evaluation.json"
     if output is not None:
         Path(output).write_text(json.dumps({
-            "model": model, "prompts": source, "reward": judge.name, "steps": settings.steps,
+            "model": model, "prompts": source, "reward": reward or config.reward.name, "steps": settings.steps,
             "guidance_scale": settings.guidance_scale, "seed": seed} | result.summary, indent=1))
 
 
@@ -204,5 +204,5 @@ def main(argv=None):
     try: auto_cli(evaluate_model, args=argv, prog="python -m vgpo.evaluate")
     except (ValueError, OSError, RewardError) as e: sys.exit(f"error: {e}")
 
-# %% ../nbs/22_evaluate.ipynb #c037
+# %% ../nbs/22_evaluate.ipynb #c038
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -9,7 +9,6 @@ __all__ = ['seeded_noise', 'file_name', 'generate', 'save_images', 'check_reques
 import re
 import sys
 from pathlib import Path
-from typing import Optional
 
 import torch
 from jsonargparse import ArgumentParser
@@ -67,9 +66,9 @@ def check_request(prompts, run, model, guidance_scale):
         raise ValueError(f"--guidance_scale is {guidance_scale}; it must not be negative")
 
 
-def generate_files(prompts: list[str], run: Optional[str] = None, model: Optional[str] = None, seed: int = 0,
-                   images: int = 1, steps: Optional[int] = None, guidance_scale: Optional[float] = None,
-                   output: Optional[str] = None, recipe: str = "tiny-geneval"):
+def generate_files(prompts: list[str], run: str | None = None, model: str | None = None, seed: int = 0,
+                   images: int = 1, steps: int | None = None, guidance_scale: float | None = None,
+                   output: str | None = None, recipe: str = "tiny-geneval"):
     """Draw images of prompts with a run's model: a PNG an image, and grid.png.
 
     Args:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .advantages import group_relative, value_anchored
 from .losses import clipped_surrogate
 from .plots import describe, write_report
-from .policy import Condition
+from .policy import Condition, quiet
 from .prompts import epoch_prompts, sample_noise
 from .rewards.base import RewardError, score
 from .rollout import Trajectory, replay, rollout
@@ -239,6 +239,7 @@ def finish(run, before):
 
 def main(argv=None):
     "The program: returns its exit code."
+    quiet()
     try: run = start(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
     def stop(*_):

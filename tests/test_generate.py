@@ -1,0 +1,118 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vgpo.config import Config, EvaluationConfig, ModelConfig, save_config
+from vgpo.evaluate import load_run, make_policy
+from vgpo.generate import file_name, generate, main, seeded_noise
+
+PROMPTS = ["a photo of two red circles", 'a sign that says "CAT"']
+PLAIN = """
+import sys
+import torch
+from diffusers import StableDiffusion3Pipeline
+model, lora, output, prompt, seed, guidance = sys.argv[1:]
+pipe = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
+pipe.load_lora_weights(lora)
+image = pipe(prompt, num_inference_steps=4, guidance_scale=float(guidance), max_sequence_length=0,
+             generator=torch.Generator().manual_seed(int(seed))).images[0]
+image.save(output)
+assert not [name for name in sys.modules if name.split(".")[0] == "vgpo"]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, tmp_path_factory):
+    "A run's folder whose LoRA is random and large."
+    folder, policy = tmp_path_factory.mktemp("run"), make_policy(ModelConfig(path=str(tiny_folder)))
+    policy.add_lora(rank=4, alpha=8)
+    generator = torch.Generator().manual_seed(0)
+    for p in policy.parameters():
+        p.data.normal_(std=0.2, generator=generator)
+    policy.save(folder / "lora")
+    save_config(
+        Config(model=ModelConfig(path=str(tiny_folder)), evaluation=EvaluationConfig(steps=4)), folder / "config.yaml"
+    )
+    return folder
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_plain_diffusers_draws_the_same_image(run, tiny_folder, tmp_path, guidance):
+    "In a process of its own that never imports vgpo: the LoRA, the model and a seed are enough."
+    main(["--run", str(run), "--images", "2", "--seed", "6", "--guidance_scale", str(guidance),
+          "--output", str(tmp_path), *PROMPTS])  # fmt: skip
+    plain = tmp_path / "plain.png"
+    subprocess.run([sys.executable, "-c", PLAIN, str(tiny_folder), str(run / "lora"), str(plain), PROMPTS[0], "7",
+                    str(guidance)], check=True, cwd=tmp_path)  # fmt: skip
+    ours = pixels(tmp_path / file_name(0, PROMPTS[0], 1))
+    base = generate(
+        make_policy(ModelConfig(path=str(tiny_folder))), PROMPTS[:1], seed=7, steps=4, guidance_scale=guidance
+    )
+    assert np.abs(ours - pixels(plain)).max() <= 1
+    assert np.abs(ours - base[0]).max() > 1  # the LoRA matters, so agreeing without it would not do
+
+
+def test_files_are_named_and_say_how_they_were_drawn(run, tmp_path, capsys):
+    main(["--run", str(run), "--seed", "3", "--images", "2", "--output", str(tmp_path), *PROMPTS])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "00-a-photo-of-two-red-circles-00.png", "00-a-photo-of-two-red-circles-01.png",
+        "01-a-sign-that-says-cat-00.png", "01-a-sign-that-says-cat-01.png", "grid.png"]  # fmt: skip
+    assert sorted(capsys.readouterr().out.split()) == sorted(str(tmp_path / name) for name in names)
+    with Image.open(tmp_path / names[3]) as image:
+        assert (image.info["prompt"], image.info["seed"], image.info["steps"]) == (PROMPTS[1], "4", "4")
+
+
+def test_an_image_does_not_depend_on_its_neighbours(run):
+    policy, _ = load_run(run)
+    many = generate(policy, PROMPTS, images=3, seed=0, steps=3, batch_size=2)
+    one = generate(policy, PROMPTS[1:], images=1, seed=2, steps=3)
+    assert many.shape == (6, 32, 32, 3) and np.abs(many[5].astype(int) - one[0].astype(int)).max() <= 1
+
+
+def test_noise_is_that_of_a_seeded_generator():
+    expected = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(12))
+    assert (seeded_noise((2, 3), 10, 4)[2:3] == expected).all()
+
+
+@pytest.mark.parametrize(("prompt", "name"), [
+    ("../../etc/passwd", "00-etc-passwd-00.png"), ("!?", "00-image-00.png"), ("Ünï code", "00-ünï-code-00.png"),
+    ("x" * 999, f"00-{'x' * 40}-00.png"), ("a_b  c\n", "00-a-b-c-00.png")])  # fmt: skip
+def test_file_names_are_safe(prompt, name):
+    assert file_name(0, prompt, 0) == name
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["a circle"], "nothing to draw with; give --run RUN or --model MODEL"),
+    (["--model", "tiny", "  "], "a prompt is empty"),
+    (["--model", "tiny", "--images", "0", "a"], "--images is 0; it must be at least 1"),
+    (["--model", "tiny", "--steps", "0", "a"], "--steps is 0; it must be at least 1"),
+    (["--model", "tiny", "--guidance_scale", "-1", "a"], "--guidance_scale is -1.0; it must not be negative"),
+    (["--run", "absent", "a"], "absent is not a run: it has no config.yaml"),
+])  # fmt: skip
+def test_bad_command_lines_end_in_one_line(words, message):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    text = str(stop.value)
+    assert text.startswith("error: ") and message in text and "\n" not in text
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "what to draw, each in quotes",
+        "image i of each prompt starts from the noise of seed + i",
+        "default: 1",
+    ):
+        assert words in text
