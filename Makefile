@@ -3,8 +3,8 @@
 # make seeds          the table of the README: both recipes, three seeds each
 # make setup          the virtual environment alone;  make clean removes it and what tests leave behind, never runs/
 #
-# Needs make and Python 3.10 or newer with venv. PYTHON=python3.12 chooses one, PIP_FLAGS goes to pip: without a GPU,
-# PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" fetches the small CPU build of torch.
+# Needs make and Python 3.10 or newer with venv. PYTHON=python3.12 chooses one, PIP_FLAGS goes to pip (say, the index of
+# PyTorch's small CPU build, for a machine without a GPU).
 PYTHON ?= python3
 VENV ?= .venv
 RECIPES ?= tiny-geneval tiny-ocr

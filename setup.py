@@ -1,4 +1,5 @@
 "Packaging: everything comes from settings.ini."
+
 from configparser import ConfigParser
 
 from setuptools import find_packages, setup

@@ -131,7 +131,6 @@ def test_program_evaluates_a_model_and_options_override(tiny_folder, tmp_path, c
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--images", "0"], "--images is 0; it must be at least 1"),
-    (["--images", "5"], "no row to evaluate: ask for more images"),
     (["--steps", "-1"], "--steps is -1"),
     (["--prompts", "absent.txt"], "absent.txt does not exist"),
     (["--reward", "nonsense"], "unknown reward 'nonsense'"),

@@ -107,7 +107,7 @@ def evaluate(policy, reward, rows, config, seed=0, batch_size=64, timeout=600.0)
 
     `config` is an EvaluationConfig; raises what `vgpo.rewards.base.score` raises.
     """
-    if not rows: raise ValueError("there is no row to evaluate: ask for more images (the tiny world's scenes: at least 6)")
+    if not rows: raise ValueError("there is no row to evaluate: ask for at least one image")
     noise = torch.stack([sample_noise(policy.latent_shape, seed, "evaluation", i, 0) for i in range(len(rows))])
     prompts = [row["prompt"] for row in rows]
     images = generate_images(policy, prompts, noise, config.steps, config.guidance_scale, batch_size, "evaluation")

@@ -58,7 +58,7 @@ def load_pipeline(model, dtype=torch.float32):
 
     Raises FileNotFoundError where there is none, and OSError where it is damaged or the hub is out of reach.
     """
-    from diffusers import StableDiffusion3Pipeline  # here, as its import prints notices that `quiet` can stop only before
+    from diffusers import StableDiffusion3Pipeline  # its import prints notices, which `quiet` stops if called before
 
     folder = TINY if model == "tiny" else Path(model)
     index, absent = folder / "model_index.json", {}
