@@ -100,7 +100,7 @@ def test_training_changes_the_lora_alone_and_raises_the_reward(options):
     before = program.evaluate_run(run).summary["score"]
     train(run)
     after = program.evaluate_run(run).summary["score"]
-    assert after > before + 0.02
+    assert after > 1.2 * before  # many times the spread between samples
     now = dict(run.policy.pipe.transformer.named_parameters())
     assert all(torch.equal(p, now[n]) for n, p in frozen.items())
 
