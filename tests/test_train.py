@@ -25,6 +25,7 @@ SMALL = [
     *("--sampling.groups=2", "--sampling.group_size=4", "--sampling.steps=4", "--sampling.sde_steps=3"),
     *("--values.reward_steps=4", "--sampling.batch_size=4", "--evaluation.images=6", "--evaluation.steps=4"),
     *("--reward.name=tiny_rewards:brightness", "--checkpoint_every=1", "--samples_every=100", "--optim.lr=1e-3"),
+    *("--optim.updates=2", "--optim.decay=false", "--optim.clip_range=1e-3", "--optim.ema_decay=0.9"),
 ]
 
 
