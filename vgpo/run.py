@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS', 'Run', 'clock', 'averaged', 'evaluate_before', 'evaluate_run', 'named', 'checkpoint', 'restore',
            'log_epoch', 'save_samples', 'run_folder', 'start']
 
-# %% ../nbs/23_run.ipynb #c002
+# %% ../nbs/23_run.ipynb #c003
 import json
 import time
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .prompts import load_prompts
 from .rewards.base import make_reward
 from .sde import DanceSDE, FlowCPS, FlowSDE
 
-# %% ../nbs/23_run.ipynb #c004
+# %% ../nbs/23_run.ipynb #c005
 SAMPLERS = {"flow-sde": FlowSDE, "dance-sde": DanceSDE, "flow-cps": FlowCPS}
 
 
@@ -55,7 +55,7 @@ class Run:
         self.epoch, self.updates, self.skipped_in_row, self.skipped, self.trained_s = 0, 0, 0, 0, 0.0
         self.ratio_checked = self.stopping = False
 
-# %% ../nbs/23_run.ipynb #c006
+# %% ../nbs/23_run.ipynb #c007
 @contextmanager
 def clock(run, phase):
     "Count the seconds spent inside towards a phase of the epoch."
@@ -75,7 +75,7 @@ def averaged(run):
     try: yield
     finally: run.ema.restore(run.policy.parameters())
 
-# %% ../nbs/23_run.ipynb #c008
+# %% ../nbs/23_run.ipynb #c009
 def evaluate_before(run):
     "The held-out Result of the model before training, so the same whether the run is new or resumed."
     c = run.config
@@ -89,13 +89,13 @@ def evaluate_run(run):
     with averaged(run):
         return evaluate(run.policy, run.reward, run.test, c.evaluation, c.seed, c.sampling.batch_size, c.reward.timeout)
 
-# %% ../nbs/23_run.ipynb #c010
+# %% ../nbs/23_run.ipynb #c011
 def named(run):
     "The trained parameters by name, in the order of `policy.parameters()`."
     network = run.accelerator.unwrap_model(run.policy.network)
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
-# %% ../nbs/23_run.ipynb #c011
+# %% ../nbs/23_run.ipynb #c012
 def checkpoint(run):
     "Save all that the run depends on: weights, their average, the optimizer's moments, and the counters."
     if not run.accelerator.is_main_process: return
@@ -125,7 +125,7 @@ def restore(run):
     kept = [line for line in log.read_text().splitlines() if json.loads(line)["epoch"] < run.epoch]
     log.write_text("".join(f"{line}\n" for line in kept))
 
-# %% ../nbs/23_run.ipynb #c013
+# %% ../nbs/23_run.ipynb #c014
 def log_epoch(run, stats, rewards, group, advantages, raw, strict):
     "Write the epoch's metrics to metrics.jsonl and the tracker; returns them."
     raw, strict = (run.accelerator.gather(v.to(run.device)) for v in (raw, strict))
@@ -142,14 +142,14 @@ def log_epoch(run, stats, rewards, group, advantages, raw, strict):
     run.accelerator.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=run.epoch)
     return metrics
 
-# %% ../nbs/23_run.ipynb #c015
+# %% ../nbs/23_run.ipynb #c016
 def save_samples(run, images, raw, rows):
     "A grid of the epoch's first images with prompts and scores."
     captions = [f"{row['prompt']}\n{value:.2f}" for row, value in zip(rows, raw.tolist())]
     path = run.folder / "samples" / f"epoch-{run.epoch:04d}.png"
     image_grid(images[:32], captions[:32], title=f"epoch {run.epoch}").savefig(path, dpi=110)
 
-# %% ../nbs/23_run.ipynb #c017
+# %% ../nbs/23_run.ipynb #c018
 def run_folder(config):
     "A new folder for a run: output/name, numbered where it is taken."
     folder, number = Path(config.output) / config.name, 1
@@ -158,7 +158,7 @@ def run_folder(config):
         folder = Path(config.output) / f"{config.name}-{number}"
     return folder
 
-# %% ../nbs/23_run.ipynb #c018
+# %% ../nbs/23_run.ipynb #c019
 def start(argv):
     "The Run of a command line: a new one, or with `--resume RUN` the one in that folder."
     if "--resume" in argv:

@@ -7,7 +7,7 @@ __all__ = ['RATIO_TOLERANCE', 'scored_columns', 'fill_columns', 'credit', 'learn
            'sample', 'roll', 'judge', 'assign', 'update', 'backward', 'apply_gradient', 'check_ratio', 'train_epoch',
            'train', 'finish', 'main']
 
-# %% ../nbs/24_train.ipynb #c002
+# %% ../nbs/24_train.ipynb #c003
 import json
 import math
 import signal
@@ -30,7 +30,7 @@ from .rollout import Trajectory, replay, rollout
 from .run import averaged, checkpoint, clock, evaluate_before, evaluate_run, log_epoch, save_samples, start
 from .values import discounted_values
 
-# %% ../nbs/24_train.ipynb #c004
+# %% ../nbs/24_train.ipynb #c005
 def scored_columns(steps, count):
     "The `count` steps whose clean estimates are scored: evenly spaced, the last among them."
     return sorted({round(steps - 1 - i * steps / count) for i in range(count)})
@@ -55,7 +55,7 @@ def learning_rate(optim, update, total):
     rise = min(1.0, (update + 1) / optim.warmup) if optim.warmup else 1.0
     return optim.lr * rise * (0.5 * (1 + math.cos(math.pi * update / total)) if optim.decay else 1.0)
 
-# %% ../nbs/24_train.ipynb #c006
+# %% ../nbs/24_train.ipynb #c007
 RATIO_TOLERANCE = {"float32": 0.0, "bfloat16": 1e-4, "float16": 1e-4}  # of the first ratio's distance from 1
 
 
@@ -77,7 +77,7 @@ class Batch:
     rewards: torch.Tensor = None  # (B, T) instant rewards in [0, 1]
     advantages: torch.Tensor = None  # (B, T)
 
-# %% ../nbs/24_train.ipynb #c008
+# %% ../nbs/24_train.ipynb #c009
 def sample(run):
     "Roll out this process's share of the epoch's groups, in batches that hold every prompt."
     c, a = run.config.sampling, run.accelerator
@@ -91,7 +91,7 @@ def sample(run):
             batches.append(roll(run, update, share[i : i + c.batch_size]))
     return batches
 
-# %% ../nbs/24_train.ipynb #c009
+# %% ../nbs/24_train.ipynb #c010
 def roll(run, update, pairs):
     "The Batch of (prompt, k) pairs, each with noise of its own."
     c, rows = run.config.sampling, [run.rows[prompt] for prompt, _ in pairs]
@@ -102,7 +102,7 @@ def roll(run, update, pairs):
                    run.sigmas, run.sampler, noise[:, 1:], torch.tensor([p for p, _ in pairs]), sde_steps=c.sde_steps)
     return Batch(update, rows, condition, path)
 
-# %% ../nbs/24_train.ipynb #c011
+# %% ../nbs/24_train.ipynb #c012
 def judge(run, batches):
     "Instant rewards of every batch: decode and judge the clean estimates. GRPO needs the last one only."
     steps, timeout = run.config.sampling.steps, run.config.reward.timeout
@@ -119,7 +119,7 @@ def judge(run, batches):
     images, raw, strict = zip(*last)
     return np.concatenate(images), torch.cat(raw), torch.cat(strict)
 
-# %% ../nbs/24_train.ipynb #c013
+# %% ../nbs/24_train.ipynb #c014
 def assign(run, batches):
     "Advantages of every batch, from the statistics of whole groups over all processes."
     a, c = run.accelerator, run.config
@@ -131,7 +131,7 @@ def assign(run, batches):
     for batch, part in zip(batches, mine.split([len(b.rows) for b in batches])): batch.advantages = part
     return rewards, group, advantages
 
-# %% ../nbs/24_train.ipynb #c015
+# %% ../nbs/24_train.ipynb #c016
 def update(run, batches):
     "The epoch's optimizer steps; returns the means of their statistics."
     c, stats = run.config.optim, []
@@ -149,7 +149,7 @@ def update(run, batches):
         stats.append(means | {"grad_norm": norm})
     return {key: float(np.mean([s[key] for s in stats])) for key in stats[0]}
 
-# %% ../nbs/24_train.ipynb #c017
+# %% ../nbs/24_train.ipynb #c018
 def backward(run, batch, j, samples, last):
     "Add the gradient of step j of a batch: the clipped surrogate, plus the KL to the model before training."
     c, path = run.config.optim, batch.path
@@ -167,7 +167,7 @@ def backward(run, batch, j, samples, last):
         run.accelerator.backward(loss * share)
     return {key: value.detach() for key, value in stats.items()} | {"loss": loss.detach()}
 
-# %% ../nbs/24_train.ipynb #c019
+# %% ../nbs/24_train.ipynb #c020
 def apply_gradient(run, finite):
     "Apply the gradient, unless it is not finite: then skip and count it, and give up after several in a row."
     run.updates += 1
@@ -179,7 +179,7 @@ def apply_gradient(run, finite):
         raise TrainingError(f"{run.skipped_in_row} updates in a row had a non-finite loss or gradient; "
                             "lower optim.lr, or raise optim.clip_range, and resume from the last checkpoint")
 
-# %% ../nbs/24_train.ipynb #c020
+# %% ../nbs/24_train.ipynb #c021
 def check_ratio(run, deviation):
     "Before the first update the policy is still the one that sampled: the ratio must be 1."
     tolerance = RATIO_TOLERANCE[run.config.model.dtype]
@@ -189,7 +189,7 @@ def check_ratio(run, deviation):
                             "rollout and update do not compute the same velocity")
     run.ratio_checked = True
 
-# %% ../nbs/24_train.ipynb #c022
+# %% ../nbs/24_train.ipynb #c023
 def train_epoch(run):
     "One round of Algorithm 1; returns its metrics."
     run.seconds = {}
@@ -205,7 +205,7 @@ def train_epoch(run):
         save_samples(run, images, raw, [row for batch in batches for row in batch.rows])
     return metrics
 
-# %% ../nbs/24_train.ipynb #c023
+# %% ../nbs/24_train.ipynb #c024
 def train(run):
     "Train to the last epoch; a stop or a failure of the reward loses no epoch that is complete."
     shown = ("reward", "strict", "group_std", "zero_std", "ratio_dev", "clip_frac", "grad_norm", "images_per_s")
@@ -226,7 +226,7 @@ def train(run):
     finally: bar.close()
     checkpoint(run)
 
-# %% ../nbs/24_train.ipynb #c025
+# %% ../nbs/24_train.ipynb #c026
 def finish(run, before):
     "Evaluate, save the LoRA for plain diffusers, and write the report."
     after = evaluate_run(run)
@@ -259,5 +259,5 @@ def main(argv=None):
         run.accelerator.end_training()
     tqdm.write(f"held-out {describe(before.summary)} -> {describe(after)}; report in {run.folder / 'report.md'}")
 
-# %% ../nbs/24_train.ipynb #c035
+# %% ../nbs/24_train.ipynb #c036
 if __name__ == "__main__" and "__file__" in globals(): main()

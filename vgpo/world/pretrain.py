@@ -6,7 +6,7 @@
 __all__ = ['MAX_TOKENS', 'CAPTION_WORDS', 'TAG_WEIGHTS', 'make_tokenizer', 'training_pictures', 'to_tensor', 'make_autoencoder',
            'train_autoencoder', 'encode_pictures', 'make_pipeline', 'embed', 'train_flow', 'pretrain']
 
-# %% ../../nbs/16_pretrain.ipynb #c002
+# %% ../../nbs/16_pretrain.ipynb #c003
 import random
 import string
 
@@ -23,7 +23,7 @@ from ..flow import interpolate
 from .scenes import COLORS, NUMBERS, SHAPES, SIZE, render_scene, split_scenes
 from .words import random_word, render_word, sign, split_words
 
-# %% ../../nbs/16_pretrain.ipynb #c004
+# %% ../../nbs/16_pretrain.ipynb #c005
 MAX_TOKENS = 13  # of the longest caption, begin and end marks included
 CAPTION_WORDS = [*"photo of and sign that says left right above below".split(), *SHAPES,
                  *(s + ("es" if s.endswith("s") else "s") for s in SHAPES), *COLORS, *NUMBERS.values()]
@@ -37,7 +37,7 @@ def make_tokenizer():
     tokenizer.add_tokens([AddedToken(word, single_word=True) for word in CAPTION_WORDS])
     return tokenizer
 
-# %% ../../nbs/16_pretrain.ipynb #c006
+# %% ../../nbs/16_pretrain.ipynb #c007
 TAG_WEIGHTS = {"single_object": 1, "two_object": 2, "counting": 4, "colors": 1, "position": 5, "color_attr": 3}
 
 
@@ -58,7 +58,7 @@ def to_tensor(pictures):
     "uint8 pictures (B, H, W, 3) as the float images (B, 3, H, W) in [-1, 1] that an autoencoder takes."
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-# %% ../../nbs/16_pretrain.ipynb #c008
+# %% ../../nbs/16_pretrain.ipynb #c009
 def make_autoencoder(channels=32, latent_channels=8):
     "An untrained AutoencoderTiny that maps 32x32 pixels to an 8x8 latent."
     width = (channels,) * 3
@@ -91,7 +91,7 @@ def encode_pictures(vae, pictures, batch_size=256):
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
-# %% ../../nbs/16_pretrain.ipynb #c010
+# %% ../../nbs/16_pretrain.ipynb #c011
 def make_pipeline(vae, width=128, layers=6, seed=0):
     "An untrained StableDiffusion3Pipeline of about 4 million parameters around a trained autoencoder."
     torch.manual_seed(seed)
@@ -113,7 +113,7 @@ def make_pipeline(vae, width=128, layers=6, seed=0):
         text_encoder_2=encoders[1], tokenizer_2=make_tokenizer(),
         text_encoder_3=None, tokenizer_3=None)
 
-# %% ../../nbs/16_pretrain.ipynb #c012
+# %% ../../nbs/16_pretrain.ipynb #c013
 def embed(pipe, ids):
     "Token ids (B, L) to the embeddings (B, L, D) and pooled embeddings (B, D) that the pipeline makes of them."
     outputs = [encoder(ids, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
@@ -148,7 +148,7 @@ def train_flow(pipe, latents, captions, steps, batch_size=64, lr=1.5e-3, drop=0.
     modules.eval()
     return pipe
 
-# %% ../../nbs/16_pretrain.ipynb #c014
+# %% ../../nbs/16_pretrain.ipynb #c015
 def pretrain(out, scenes=100_000, words=18_000, autoencoder_steps=2000, flow_steps=5500, seed=0):
     "Make the tiny world's pipeline from nothing and save it in the folder `out`."
     pictures, captions = training_pictures(scenes, words, seed)
@@ -159,7 +159,7 @@ def pretrain(out, scenes=100_000, words=18_000, autoencoder_steps=2000, flow_ste
     pipe.save_pretrained(out)
     return pipe
 
-# %% ../../nbs/16_pretrain.ipynb #c026
+# %% ../../nbs/16_pretrain.ipynb #c028
 if __name__ == "__main__" and "__file__" in globals():
     from jsonargparse import auto_cli
     auto_cli(pretrain)
