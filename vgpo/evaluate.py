@@ -22,7 +22,7 @@ from tqdm.auto import trange
 from .config import parse_config
 from .flow import ode_sample
 from .plots import describe
-from .policy import SD3Policy, load_pipeline
+from .policy import SD3Policy, load_pipeline, quiet
 from .prompts import load_prompts, sample_noise
 from .rewards.base import RewardError, Scores, make_reward, score
 
@@ -201,6 +201,7 @@ def evaluate_model(model: str, prompts: str | None = None, reward: str | None = 
 
 def main(argv=None):
     "The program; `argv` is the command line without its first word."
+    quiet()
     try: auto_cli(evaluate_model, args=argv, prog="python -m vgpo.evaluate")
     except (ValueError, OSError, RewardError) as e: sys.exit(f"error: {e}")
 

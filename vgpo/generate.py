@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .evaluate import check_at_least, generate_images, load_run, open_model, pick_device
 from .plots import image_grid
+from .policy import quiet
 
 # %% ../nbs/25_generate.ipynb #c006
 def seeded_noise(shape, seed, count):
@@ -100,6 +101,7 @@ def main(argv=None):
     parser = ArgumentParser(prog="python -m vgpo.generate", description="Draw images of prompts: PNG files and a grid.")
     parser.add_argument("prompts", nargs="+", help="what to draw, each in quotes")
     parser.add_function_arguments(generate_files, skip={"prompts"})
+    quiet()
     try: generate_files(**parser.parse_args(argv).as_dict())
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
 
