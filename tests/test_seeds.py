@@ -1,0 +1,37 @@
+"The table of several seeds: finished runs are kept, begun ones resumed, others started."
+
+import json
+
+import pytest
+
+from vgpo import seeds
+
+
+def result(after):
+    return {"before": {"strict": 0.5, "images": 12}, "after": {"strict": after}, "seconds": 9.0}
+
+
+def test_finished_runs_are_kept_begun_ones_resumed_and_others_started(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny-ocr-0").mkdir()
+    (tmp_path / "tiny-ocr-0" / "results.json").write_text(json.dumps(result(0.6)))
+    (tmp_path / "tiny-ocr-1" / "checkpoints" / "last").mkdir(parents=True)
+    calls = []
+
+    def train(command, check):
+        calls.append(command[3:])
+        folder = tmp_path / f"tiny-ocr-{len(calls)}"
+        folder.mkdir(exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(result(0.6 + 0.1 * len(calls))))
+
+    monkeypatch.setattr(seeds.subprocess, "run", train)
+    seeds.main(["--recipe", "tiny-ocr", "--output", str(tmp_path), "--epochs=2"])
+    assert calls[0] == ["--resume", str(tmp_path / "tiny-ocr-1")]
+    start = ["--recipe", "tiny-ocr", "--seed=2", f"--output={tmp_path}", "--name=tiny-ocr-2", "--epochs=2"]
+    assert calls[1:] == [start]
+    assert "change +0.200, from +0.100 to +0.300" in capsys.readouterr().out
+
+
+def test_a_folder_without_checkpoint_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "tiny-geneval-0").mkdir()
+    with pytest.raises(SystemExit, match="tiny-geneval-0 has neither results nor a checkpoint; remove it"):
+        seeds.main(["--seeds", "0", "--output", str(tmp_path)])
