@@ -134,6 +134,11 @@ def test_verdict_and_score_on_random_scenes():
         assert 0 <= says["soft"] <= 1
         exact = all(says["found"].get(c["class"], 0) == c["count"] for c in r["include"])
         assert (says["soft"] == 1) == (says["correct"] and exact)  # 1 if and only if all holds and nothing is spare
+        closed = judge(detections, r, closed=True)
+        named = sum(any(d.label == c["class"] for c in r["include"] + r["exclude"]) for d in detections)
+        wanted = sum(c["count"] for c in r["include"])
+        assert closed["wanted"] == pytest.approx(wanted / (wanted + len(detections) - named))
+        assert closed["soft"] == pytest.approx(says["soft"] * closed["wanted"])
         assert judge(detections[::-1], r)["soft"] == pytest.approx(says["soft"])  # the order does not matter
         assert judge(detections, r, compat=True)["correct"] == says["correct"]
         verdicts.append(says["correct"])

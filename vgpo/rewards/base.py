@@ -121,10 +121,10 @@ def score(reward: Reward, images: np.ndarray, prompts: list[str], metadata: list
 
 # %% ../../nbs/10_rewards.ipynb #c032
 def geneval_shapes(**options):
-    "GenEval's rules over the tiny world's shape detector. Options as for `vgpo.rewards.geneval.GenEval`."
+    "GenEval's rules over the tiny world's shape detector, in a closed world. Options: see `vgpo.rewards.geneval.GenEval`."
     from vgpo.rewards.geneval import GenEval
     from vgpo.world.detector import ShapeDetector
-    return GenEval(ShapeDetector(), **({"threshold": 0.6, "counting_threshold": 0.6} | options))
+    return GenEval(ShapeDetector(), **({"threshold": 0.6, "counting_threshold": 0.6, "closed": True} | options))
 
 
 def ocr(**options):

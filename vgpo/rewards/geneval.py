@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'RELATIONS', 'Detection', 'Detector', 'confident', 'by_class', 'relations', 'stand', 'official',
-           'flow_grpo_score', 'count_score', 'color_share', 'soft_score', 'judge', 'check_row', 'check_clause',
-           'check_position', 'GenEval', 'accuracy_by_task']
+           'flow_grpo_score', 'count_score', 'color_share', 'soft_score', 'unmentioned', 'judge', 'check_row',
+           'check_clause', 'check_position', 'GenEval', 'accuracy_by_task']
 
 # %% ../../nbs/11_geneval.ipynb #c002
 import math
@@ -127,11 +127,12 @@ def color_share(objects: Sequence[Detection], color: str) -> float:
     return sum(d.color == color for d in objects) / len(objects) if objects else 0.0
 
 # %% ../../nbs/11_geneval.ipynb #c030
-def soft_score(found: dict[str, list[Detection]], row: dict) -> dict[str, float]:
-    """The training score in [0, 1], with its factors: objects * (1 + colors)/2 * (1 + relations)/2 * excluded.
+def soft_score(found: dict[str, list[Detection]], row: dict, closed: bool = False) -> dict[str, float]:
+    """The training score in [0, 1], with its factors: objects * (1 + colors)/2 * (1 + relations)/2 * excluded * wanted.
 
     Each of objects, colors and relations is a mean over the clauses that ask for it, 1 if none does. The score is 1
-    only if all counts are exact and all colours, relations and exclusions hold.
+    only if all counts are exact and all colours, relations and exclusions hold. `closed`: objects of classes that no
+    clause names lower it too, by wanted, the share of the others.
     """
     def get(clause): return found.get(clause["class"], [])
     def mean(xs): return sum(xs) / len(xs) if xs else 1.0
@@ -143,19 +144,28 @@ def soft_score(found: dict[str, list[Detection]], row: dict) -> dict[str, float]
                    for c in include if "position" in c for relation, i in [c["position"]]])
     excluded = math.prod(min(1.0, c["count"] / (len(get(c)) + 1))
                          for c in row.get("exclude", []) if c["class"] not in asked)
-    soft = objects * (1 + colors) / 2 * (1 + places) / 2 * excluded
-    return {"soft": soft, "objects": objects, "colors": colors, "relations": places, "excluded": excluded}
+    n = sum(c["count"] for c in include)
+    wanted = n / (n + unmentioned(found, row)) if closed else 1.0
+    soft = objects * (1 + colors) / 2 * (1 + places) / 2 * excluded * wanted
+    return {"soft": soft, "objects": objects, "colors": colors, "relations": places, "excluded": excluded,
+            "wanted": wanted}
+
+
+def unmentioned(found: dict[str, list[Detection]], row: dict) -> int:
+    "Number of found objects of classes that no clause of the row names."
+    named = {c["class"] for c in row["include"] + row.get("exclude", [])}
+    return sum(len(objects) for name, objects in found.items() if name not in named)
 
 # %% ../../nbs/11_geneval.ipynb #c037
-def judge(detections: Sequence[Detection], row: dict, compat: bool = False) -> dict[str, Any]:
+def judge(detections: Sequence[Detection], row: dict, compat: bool = False, closed: bool = False) -> dict[str, Any]:
     """What GenEval says about one picture's (already thresholded) detections.
 
     Returns correct (bool, the official rule), reasons (list of str, empty if correct), found (class -> number) and
-    soft (float), from `soft_score` with its factors or, if `compat`, from `flow_grpo_score`.
+    soft (float), from `soft_score` (in a `closed` world or not) with its factors or, if `compat`, `flow_grpo_score`.
     """
     found = by_class(detections)
     reasons = official(found, row)
-    soft = {"soft": flow_grpo_score(found, row)} if compat else soft_score(found, row)
+    soft = {"soft": flow_grpo_score(found, row)} if compat else soft_score(found, row, closed)
     return {"correct": not reasons, "reasons": reasons, "found": {k: len(v) for k, v in found.items()}} | soft
 
 # %% ../../nbs/11_geneval.ipynb #c040
@@ -196,13 +206,15 @@ class GenEval:
     """The GenEval reward: raw is the training score, strict GenEval's official verdict.
 
     detector: images (B, H, W, 3) -> detections. threshold, counting_threshold: what a detection's score must exceed,
-    the second one in counting rows. max_per_class: keep at most so many. flow_grpo_compat: Flow-GRPO's score.
+    the second one in counting rows. max_per_class: keep at most so many. closed: objects that no clause
+    names lower the score, see `soft_score`. flow_grpo_compat: Flow-GRPO's score instead.
     Metadata are GenEval rows, see `check_row`; ValueError names the prompt of a bad one.
     """
 
     def __init__(self, detector: Detector, threshold: float = 0.3, counting_threshold: float = 0.9,
-                 max_per_class: int = 16, flow_grpo_compat: bool = False):
-        self.detector, self.max_per_class, self.flow_grpo_compat = detector, max_per_class, flow_grpo_compat
+                 max_per_class: int = 16, closed: bool = False, flow_grpo_compat: bool = False):
+        self.detector, self.max_per_class = detector, max_per_class
+        self.closed, self.flow_grpo_compat = closed, flow_grpo_compat
         self.threshold, self.counting_threshold = threshold, counting_threshold
         self.name = "geneval-flow-grpo" if flow_grpo_compat else "geneval"
         self.scale = "at most 1; below 0 becomes 0" if flow_grpo_compat else "already in [0, 1]"
@@ -219,7 +231,8 @@ class GenEval:
     def judge(self, detections, row):
         "`judge` for one picture, after the threshold that belongs to the row's task."
         threshold = self.counting_threshold if row["tag"] == "counting" else self.threshold
-        return judge(confident(detections, threshold, self.max_per_class), row, self.flow_grpo_compat)
+        kept = confident(detections, threshold, self.max_per_class)
+        return judge(kept, row, self.flow_grpo_compat, self.closed)
 
 # %% ../../nbs/11_geneval.ipynb #c045
 def accuracy_by_task(correct, metadata: list[dict]) -> dict[str, float]:
