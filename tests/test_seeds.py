@@ -8,7 +8,8 @@ from vgpo import seeds
 
 
 def result(after):
-    return {"before": {"strict": 0.5, "images": 12}, "after": {"strict": after}, "seconds": 9.0}
+    change = {"strict": {"change": after - 0.5, "stderr": 0.1}}
+    return {"before": {"strict": 0.5, "images": 12}, "after": {"strict": after}, "change": change, "seconds": 9.0}
 
 
 def test_finished_runs_are_kept_begun_ones_resumed_and_others_started(tmp_path, monkeypatch, capsys):

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/27_seeds.ipynb #c003
+# %% ../nbs/27_seeds.ipynb #c004
 def seeds_table(results):
     "A Markdown table of the results.json dicts of several runs: held-out strict accuracy before and after."
     lines = ["| seed | before | after | change | seconds |", "|---|---|---|---|---|"]
     for seed, r in results.items():
+        change = f"{r['change']['strict']['change']:+.3f} ± {r['change']['strict']['stderr']:.3f}"
         before, after = r["before"]["strict"], r["after"]["strict"]
-        lines.append(f"| {seed} | {before:.3f} | {after:.3f} | {after - before:+.3f} | {r['seconds']:.0f} |")
-    changes = [r["after"]["strict"] - r["before"]["strict"] for r in results.values()]
+        lines.append(f"| {seed} | {before:.3f} | {after:.3f} | {change} | {r['seconds']:.0f} |")
+    changes = [r["change"]["strict"]["change"] for r in results.values()]
     return "\n".join([*lines, f"\nchange {np.mean(changes):+.3f}, from {min(changes):+.3f} to {max(changes):+.3f}"])
 
-
+# %% ../nbs/27_seeds.ipynb #c010
 def command(recipe, seed, folder, more=()):
     """What `vgpo.train` is called with for one seed: a new run in `folder`, or the rest of the one begun there.
 
@@ -50,7 +51,8 @@ def main(argv=None):
             except ValueError as e: sys.exit(f"error: {e}")
             subprocess.run([sys.executable, "-m", "vgpo.train", *arguments], check=True)
         results[seed] = json.loads((folder / "results.json").read_text())
-    print(f"{args.recipe}: held-out strict accuracy, {results[args.seeds[0]]['before']['images']} images\n\n{seeds_table(results)}")
+    images = results[args.seeds[0]]["before"]["images"]
+    print(f"{args.recipe}: held-out strict accuracy, {images} images\n\n{seeds_table(results)}")
 
-# %% ../nbs/27_seeds.ipynb #c007
+# %% ../nbs/27_seeds.ipynb #c014
 if __name__ == "__main__" and "__file__" in globals(): main()
