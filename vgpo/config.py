@@ -44,7 +44,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: slower, less memory"""
 
-
+# %% ../nbs/19_config.ipynb #c007
 @dataclass
 class PromptsConfig:
     "What is asked for."
@@ -64,7 +64,7 @@ class RewardConfig:
     timeout: float = 600.0
     """seconds until a call that does not return counts as failed"""
 
-# %% ../nbs/19_config.ipynb #c007
+# %% ../nbs/19_config.ipynb #c009
 @dataclass
 class SamplingConfig:
     "Rollouts."
@@ -85,7 +85,7 @@ class SamplingConfig:
     batch_size: int = 64
     """trajectories in one pass of the network, in rollouts and updates"""
 
-
+# %% ../nbs/19_config.ipynb #c011
 @dataclass
 class ValuesConfig:
     "Rewards along a trajectory (TCRM)."
@@ -109,7 +109,7 @@ class AdvantageConfig:
     clip: float = 5.0
     """advantages are clamped to [-clip, clip]"""
 
-# %% ../nbs/19_config.ipynb #c008
+# %% ../nbs/19_config.ipynb #c013
 @dataclass
 class OptimConfig:
     "Updates."
@@ -138,7 +138,7 @@ class OptimConfig:
     max_skipped: int = 5
     """updates in a row with a non-finite loss or gradient that end the run"""
 
-
+# %% ../nbs/19_config.ipynb #c015
 @dataclass
 class EvaluationConfig:
     "The held-out evaluation."
@@ -151,7 +151,7 @@ class EvaluationConfig:
     every: int = 0
     """epochs between evaluations during training; 0 is none"""
 
-# %% ../nbs/19_config.ipynb #c010
+# %% ../nbs/19_config.ipynb #c017
 @dataclass
 class Config:
     "The run."
@@ -176,7 +176,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
-# %% ../nbs/19_config.ipynb #c011
+# %% ../nbs/19_config.ipynb #c018
 def options(section=Config, prefix=""):
     "The types of all options by dotted name, in the order of the tree."
     result = {}
@@ -184,7 +184,7 @@ def options(section=Config, prefix=""):
         result |= options(f.type, f"{prefix}{f.name}.") if is_dataclass(f.type) else {prefix + f.name: f.type}
     return result
 
-# %% ../nbs/19_config.ipynb #c015
+# %% ../nbs/19_config.ipynb #c022
 RANGES = {
     "epochs": "[0, inf)", "samples_every": "[1, inf)", "checkpoint_every": "[1, inf)",
     "model.resolution": "[1, inf)", "model.max_sequence_length": "[0, 512]", "model.lora_rank": "[1, inf)",
@@ -207,7 +207,7 @@ def within(value, interval):
     above = value >= low if interval[0] == "[" else value > low
     return above and (value <= high if interval[-1] == "]" else value < high)
 
-# %% ../nbs/19_config.ipynb #c018
+# %% ../nbs/19_config.ipynb #c025
 def value_of(config, option):
     "The value of an option given by its dotted name."
     for name in option.split("."): config = getattr(config, name)
@@ -236,7 +236,7 @@ def check_config(config):
         if not holds: raise ValueError(message)
     return config
 
-# %% ../nbs/19_config.ipynb #c023
+# %% ../nbs/19_config.ipynb #c030
 RECIPES = Path(vgpo.__file__).parent / "recipes"
 
 
@@ -248,7 +248,7 @@ def recipe_path(name):
         raise FileNotFoundError(f"there is no recipe {name!r}; give a .yaml file or one of {known}")
     return path
 
-# %% ../nbs/19_config.ipynb #c028
+# %% ../nbs/19_config.ipynb #c035
 def unknown_option(name):
     "What to say about an option that does not exist."
     sections = {option.rsplit(".", depth)[0] for option in options() for depth in (0, 1)}
@@ -276,7 +276,7 @@ def read_recipe(path):
     check_recipe(given, path)
     return given
 
-# %% ../nbs/19_config.ipynb #c031
+# %% ../nbs/19_config.ipynb #c038
 class Parser(jsonargparse.ArgumentParser):
     "A parser whose help starts with one line of usage, and whose errors are ValueErrors of one line."
     def error(self, message, ex=None):
@@ -303,7 +303,7 @@ def make_parser(program):
     parser.add_class_arguments(Config)
     return parser
 
-# %% ../nbs/19_config.ipynb #c033
+# %% ../nbs/19_config.ipynb #c040
 def parse_config(argv, program="vgpo.train"):
     """The checked Config of a command line; the recipe is read first, so every other option overrides it.
 
@@ -324,7 +324,7 @@ def parse_config(argv, program="vgpo.train"):
     check_recipe(asdict(config), "command line")
     return check_config(config)
 
-# %% ../nbs/19_config.ipynb #c040
+# %% ../nbs/19_config.ipynb #c047
 class Dumper(yaml.SafeDumper):
     "Writes YAML that quotes strings such as 1e-4, which PyYAML reads as strings and other readers as numbers."
 
