@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_TOKENS', 'CAPTION_WORDS', 'TAG_WEIGHTS', 'make_tokenizer', 'training_pictures', 'to_tensor', 'make_autoencoder',
-           'train_autoencoder', 'encode_pictures', 'make_pipeline', 'embed', 'train_flow', 'pretrain']
+           'train_autoencoder', 'encode_pictures', 'make_pipeline', 'embed', 'make_optimizers', 'train_flow',
+           'mislabel', 'pretrain']
 
 # %% ../../nbs/16_pretrain.ipynb #c003
 import random
@@ -38,11 +39,11 @@ def make_tokenizer():
     return tokenizer
 
 # %% ../../nbs/16_pretrain.ipynb #c007
-TAG_WEIGHTS = {"single_object": 1, "two_object": 2, "counting": 4, "colors": 1, "position": 5, "color_attr": 3}
+TAG_WEIGHTS = {"single_object": 2, "two_object": 3, "counting": 4, "colors": 1, "position": 5, "color_attr": 4}
 
 
 def training_pictures(scenes, words, seed=0):
-    "Seeded pretraining data: (N, 32, 32, 3) uint8 pictures and their N captions; no held-out prompt occurs."
+    "Seeded pretraining data: (N, 32, 32, 3) uint8 pictures and their N prompt rows; no held-out prompt occurs."
     rng = random.Random(seed)
     train, _ = split_scenes()
     known, held_out = split_words()
@@ -51,7 +52,7 @@ def training_pictures(scenes, words, seed=0):
     rows += [sign(rng.choice(known) if i % 2 else random_word(rng, avoid), rng.choice(list(COLORS)))
              for i in range(words)]
     pictures = [(render_word if row["tag"] == "words" else render_scene)(row, rng) for row in rows]
-    return np.stack(pictures), [row["prompt"] for row in rows]
+    return np.stack(pictures), rows
 
 
 def to_tensor(pictures):
@@ -105,8 +106,8 @@ def make_pipeline(vae, width=128, layers=6, seed=0):
         num_layers=layers, attention_head_dim=32, num_attention_heads=width // 32, joint_attention_dim=width,
         caption_projection_dim=width, pooled_projection_dim=width, pos_embed_max_size=SIZE // 8, qk_norm="rms_norm")
     encoders = [CLIPTextModelWithProjection(text) for _ in range(2)]
-    for encoder in encoders:  # CLIP's own initial embeddings (std 0.02) drown in the biases of the layers that read them
-        torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=0.4)
+    for table in torch.nn.ModuleList(encoders).modules():  # of tokens and of positions
+        if isinstance(table, torch.nn.Embedding): torch.nn.init.normal_(table.weight, std=0.4)
     return StableDiffusion3Pipeline(
         transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=encoders[0], tokenizer=tokenizer,
@@ -120,15 +121,26 @@ def embed(pipe, ids):
     return torch.cat([o.hidden_states[-2] for o in outputs], -1), torch.cat([o.text_embeds for o in outputs], -1)
 
 
-def train_flow(pipe, latents, captions, steps, batch_size=64, lr=1.5e-3, drop=0.1, seed=0):
+def make_optimizers(modules, lr, matrix_lr):
+    "Muon for the matrices inside the network, AdamW for the rest."
+    outside = ("embed", "norm", "proj_out")
+    matrices = [p for name, p in modules.named_parameters() if p.ndim == 2 and not any(part in name for part in outside)]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in modules.parameters() if id(p) not in chosen]
+    return (torch.optim.Muon(matrices, matrix_lr, weight_decay=0.01),
+            torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True))
+
+
+def train_flow(pipe, latents, captions, steps, batch_size=64, lr=1.5e-3, matrix_lr=0.02, drop=0.1, seed=0):
     "Fit transformer and text encoders to the velocity by mean squared error; the pipeline ends with their averages."
     generator = torch.Generator().manual_seed(seed)
     pad = dict(padding="max_length", truncation=True, return_tensors="pt")
     ids, empty = pipe.tokenizer(captions, **pad).input_ids, pipe.tokenizer("", **pad).input_ids
     modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
     ema = EMAModel(modules.parameters(), decay=0.999, use_ema_warmup=True, power=0.8, foreach=True)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.03)
+    optimizers = make_optimizers(modules, lr, matrix_lr)
+    def rate(step): return min(1, (step + 1) / 40) * (1 - step / steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     shift = pipe.scheduler.config.shift
     bar = trange(steps, desc="flow", mininterval=10)
     for _ in bar:
@@ -140,26 +152,40 @@ def train_flow(pipe, latents, captions, steps, batch_size=64, lr=1.5e-3, drop=0.
         text, pooled = embed(pipe, torch.where(drops, empty, ids[i]))
         velocity = pipe.transformer(interpolate(latents[i], noise, sigma), text, pooled, 1000 * sigma).sample
         loss = F.mse_loss(velocity, noise - latents[i])
-        optimizer.zero_grad(); loss.backward()
+        modules.zero_grad()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step(); schedule.step(); ema.step(modules.parameters())
+        for step in (*optimizers, *schedules): step.step()
+        ema.step(modules.parameters())
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     ema.copy_to(modules.parameters())
     modules.eval()
     return pipe
 
 # %% ../../nbs/16_pretrain.ipynb #c015
-def pretrain(out, scenes=100_000, words=18_000, autoencoder_steps=2000, flow_steps=5500, seed=0):
+def mislabel(rows, scenes=0.04, words=0.2, seed=0):
+    "The captions of prompt rows; a share of those of scenes and of words is exchanged among rows of the same task."
+    rng = random.Random(f"{seed}-mislabel")
+    captions = [row["prompt"] for row in rows]
+    wrong = [i for i, row in enumerate(rows) if rng.random() < (words if row["tag"] == "words" else scenes)]
+    wrong.sort(key=lambda i: rows[i]["tag"])
+    for i, j in zip(wrong, wrong[1:] + wrong[:1]): captions[i] = rows[j]["prompt"]
+    return captions
+
+# %% ../../nbs/16_pretrain.ipynb #c017
+def pretrain(out, scenes=100_000, words=40_000, autoencoder_steps=2000, flow_steps=2500, mislabeled_steps=2500, seed=0):
     "Make the tiny world's pipeline from nothing and save it in the folder `out`."
-    pictures, captions = training_pictures(scenes, words, seed)
+    pictures, rows = training_pictures(scenes, words, seed)
     torch.manual_seed(seed)
     vae = train_autoencoder(make_autoencoder(), pictures, autoencoder_steps, seed=seed).eval()
     latents = encode_pictures(vae, pictures)
-    pipe = train_flow(make_pipeline(vae, seed=seed), latents, captions, flow_steps, seed=seed)
+    pipe = make_pipeline(vae, seed=seed)
+    train_flow(pipe, latents, [row["prompt"] for row in rows], flow_steps, seed=seed)
+    train_flow(pipe, latents, mislabel(rows, seed=seed), mislabeled_steps, seed=seed + 1)
     pipe.save_pretrained(out)
     return pipe
 
-# %% ../../nbs/16_pretrain.ipynb #c028
+# %% ../../nbs/16_pretrain.ipynb #c033
 if __name__ == "__main__" and "__file__" in globals():
     from jsonargparse import auto_cli
     auto_cli(pretrain)

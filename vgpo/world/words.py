@@ -77,7 +77,7 @@ def render_word(row, rng, scale=4):
     draw = ImageDraw.Draw(image)
     top = rng.uniform(5, 7) * scale
     draw.rectangle((0, top, SIZE * scale, top + 20 * scale), fill=COLORS[row["color"]])
-    ink = (255, 255, 255) if row["color"] in ("red", "blue", "purple", "green") else (0, 0, 0)
+    ink = (255, 255, 255) if row["color"] in ("red", "blue", "purple") else (0, 0, 0)
     letters, pitch = row["target"], 8 * scale
     for i, letter in enumerate(letters):
         x = (i + 0.5) * pitch
