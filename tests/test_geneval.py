@@ -138,7 +138,7 @@ def test_verdict_and_score_on_random_scenes():
         named = sum(any(d.label == c["class"] for c in r["include"] + r["exclude"]) for d in detections)
         wanted = sum(c["count"] for c in r["include"])
         assert closed["wanted"] == pytest.approx(wanted / (wanted + len(detections) - named))
-        assert closed["soft"] == pytest.approx(says["soft"] * closed["wanted"])
+        assert closed["soft"] == pytest.approx((says["soft"] * closed["wanted"]) ** 2)
         assert judge(detections[::-1], r)["soft"] == pytest.approx(says["soft"])  # the order does not matter
         assert judge(detections, r, compat=True)["correct"] == says["correct"]
         verdicts.append(says["correct"])

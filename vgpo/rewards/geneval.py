@@ -128,11 +128,11 @@ def color_share(objects: Sequence[Detection], color: str) -> float:
 
 # %% ../../nbs/11_geneval.ipynb #c030
 def soft_score(found: dict[str, list[Detection]], row: dict, closed: bool = False) -> dict[str, float]:
-    """The training score in [0, 1], with its factors: objects * (1 + colors)/2 * (1 + relations)/2 * excluded * wanted.
+    """The training score in [0, 1], with its factors: objects * (1 + colors)/2 * (1 + relations)/2 * excluded.
 
     Each of objects, colors and relations is a mean over the clauses that ask for it, 1 if none does. The score is 1
     only if all counts are exact and all colours, relations and exclusions hold. `closed`: objects of classes that no
-    clause names lower it too, by wanted, the share of the others.
+    clause names count too; the score is multiplied by wanted, the share of the others, and squared.
     """
     def get(clause): return found.get(clause["class"], [])
     def mean(xs): return sum(xs) / len(xs) if xs else 1.0
@@ -147,8 +147,8 @@ def soft_score(found: dict[str, list[Detection]], row: dict, closed: bool = Fals
     n = sum(c["count"] for c in include)
     wanted = n / (n + unmentioned(found, row)) if closed else 1.0
     soft = objects * (1 + colors) / 2 * (1 + places) / 2 * excluded * wanted
-    return {"soft": soft, "objects": objects, "colors": colors, "relations": places, "excluded": excluded,
-            "wanted": wanted}
+    return {"soft": soft**2 if closed else soft, "objects": objects, "colors": colors, "relations": places,
+            "excluded": excluded, "wanted": wanted}
 
 
 def unmentioned(found: dict[str, list[Detection]], row: dict) -> int:
