@@ -29,3 +29,24 @@ def policy(tiny_folder):
     from vgpo.policy import SD3Policy, load_pipeline
 
     return SD3Policy(load_pipeline(str(tiny_folder)), max_sequence_length=0)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_folder, tmp_path_factory):
+    "A run's folder whose LoRA is random and large, and the policy that was saved there."
+    import torch
+
+    from vgpo.config import Config, EvaluationConfig, ModelConfig, PromptsConfig, RewardConfig, save_config
+    from vgpo.evaluate import make_policy
+
+    folder, policy = tmp_path_factory.mktemp("run"), make_policy(ModelConfig(path=str(tiny_folder)))
+    policy.add_lora(rank=4, alpha=8)
+    generator = torch.Generator().manual_seed(0)
+    for p in policy.parameters():
+        p.data.normal_(std=0.2, generator=generator)
+    policy.save(folder / "lora")
+    config = Config(
+        seed=4, model=ModelConfig(path=str(tiny_folder)), prompts=PromptsConfig(test="tiny-scenes"),
+        reward=RewardConfig("geneval-shapes"), evaluation=EvaluationConfig(images=12, steps=4))  # fmt: skip
+    save_config(config, folder / "config.yaml")
+    return folder, policy

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from vgpo.config import Config, EvaluationConfig, ModelConfig, PromptsConfig, RewardConfig, save_config
+from vgpo.config import EvaluationConfig, ModelConfig
 from vgpo.evaluate import Result, evaluate, generate_images, load_run, main, make_policy, mean_over_tasks, summarise
 from vgpo.prompts import sample_noise
 from vgpo.rewards.base import Scores, make_reward
@@ -26,22 +26,6 @@ def model(tiny_folder):
 @pytest.fixture(scope="module")
 def reward():
     return make_reward(f"{__name__}:brightness")
-
-
-@pytest.fixture(scope="module")
-def run(tiny_folder, tmp_path_factory):
-    "A run's folder whose LoRA is random, and the policy that was saved there."
-    folder, policy = tmp_path_factory.mktemp("run"), make_policy(ModelConfig(path=str(tiny_folder)))
-    policy.add_lora(rank=4, alpha=8)
-    generator = torch.Generator().manual_seed(0)
-    for p in policy.parameters():
-        p.data.normal_(std=0.2, generator=generator)
-    policy.save(folder / "lora")
-    config = Config(
-        seed=4, model=ModelConfig(path=str(tiny_folder)), prompts=PromptsConfig(test="tiny-scenes"),
-        reward=RewardConfig("geneval-shapes"), evaluation=EvaluationConfig(images=12, steps=3))  # fmt: skip
-    save_config(config, folder / "config.yaml")
-    return folder, policy
 
 
 def test_mean_over_tasks_golden():
@@ -102,8 +86,8 @@ def test_bad_requests_are_named(model, reward):
         evaluate(model, reward, [], EvaluationConfig())
 
 
-def test_a_run_comes_back_as_the_policy_that_was_saved(run, model):
-    folder, saved = run
+def test_a_run_comes_back_as_the_policy_that_was_saved(trained, model):
+    folder, saved = trained
     policy, config = load_run(folder)
     noise = torch.stack([sample_noise(model.latent_shape, 0, 0, i, 0) for i in range(2)])
     images = [generate_images(p, ["a photo of a red circle"] * 2, noise, 3).astype(int) for p in (saved, policy, model)]
@@ -111,11 +95,11 @@ def test_a_run_comes_back_as_the_policy_that_was_saved(run, model):
     assert config.seed == 4 and not policy.parameters()
 
 
-def test_program_evaluates_a_run_with_its_own_settings(run, capsys):
-    folder, _ = run
+def test_program_evaluates_a_run_with_its_own_settings(trained, capsys):
+    folder, _ = trained
     main([str(folder)])
     found, out = json.loads((folder / "evaluation.json").read_text()), capsys.readouterr().out
-    assert (found["images"], found["steps"], found["seed"], found["reward"]) == (12, 3, 4, "geneval-shapes")
+    assert (found["images"], found["steps"], found["seed"], found["reward"]) == (12, 4, 0, "geneval-shapes")
     assert len(found["by_task"]) == 6 and all(task in out for task in found["by_task"]) and "12 images" in out
 
 
@@ -143,10 +127,10 @@ def test_bad_command_lines_end_in_one_line(tiny_folder, words, message):
     assert text.startswith("error: ") and message in text and "\n" not in text
 
 
-def test_folders_that_are_neither_run_nor_model(tmp_path, run):
+def test_folders_that_are_neither_run_nor_model(tmp_path, trained):
     with pytest.raises(SystemExit, match="^error: .*holds no pipeline"):
         main([str(tmp_path)])
-    (tmp_path / "config.yaml").write_text((run[0] / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text((trained[0] / "config.yaml").read_text())
     with pytest.raises(SystemExit, match="^error: .*has no lora yet; finish it with --resume"):
         main([str(tmp_path)])
     with pytest.raises(FileNotFoundError, match="is not a run"):

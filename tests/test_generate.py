@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vgpo.config import Config, EvaluationConfig, ModelConfig, save_config
+from vgpo.config import ModelConfig
 from vgpo.evaluate import load_run, make_policy
 from vgpo.generate import file_name, generate, main, seeded_noise
 
@@ -25,34 +25,19 @@ assert not [name for name in sys.modules if name.split(".")[0] == "vgpo"]
 """
 
 
-@pytest.fixture(scope="module")
-def run(tiny_folder, tmp_path_factory):
-    "A run's folder whose LoRA is random and large."
-    folder, policy = tmp_path_factory.mktemp("run"), make_policy(ModelConfig(path=str(tiny_folder)))
-    policy.add_lora(rank=4, alpha=8)
-    generator = torch.Generator().manual_seed(0)
-    for p in policy.parameters():
-        p.data.normal_(std=0.2, generator=generator)
-    policy.save(folder / "lora")
-    save_config(
-        Config(model=ModelConfig(path=str(tiny_folder)), evaluation=EvaluationConfig(steps=4)), folder / "config.yaml"
-    )
-    return folder
-
-
 def pixels(path):
     with Image.open(path) as image:
         return np.asarray(image).astype(int)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_plain_diffusers_draws_the_same_image(run, tiny_folder, tmp_path, guidance):
+def test_plain_diffusers_draws_the_same_image(trained, tiny_folder, tmp_path, guidance):
     "In a process of its own that never imports vgpo: the LoRA, the model and a seed are enough."
-    main(["--run", str(run), "--images", "2", "--seed", "6", "--guidance_scale", str(guidance),
+    main(["--run", str(trained[0]), "--images", "2", "--seed", "6", "--guidance_scale", str(guidance),
           "--output", str(tmp_path), *PROMPTS])  # fmt: skip
     plain = tmp_path / "plain.png"
-    subprocess.run([sys.executable, "-c", PLAIN, str(tiny_folder), str(run / "lora"), str(plain), PROMPTS[0], "7",
-                    str(guidance)], check=True, cwd=tmp_path)  # fmt: skip
+    words = [tiny_folder, trained[0] / "lora", plain, PROMPTS[0], 7, guidance]
+    subprocess.run([sys.executable, "-c", PLAIN, *map(str, words)], check=True, cwd=tmp_path)
     ours = pixels(tmp_path / file_name(0, PROMPTS[0], 1))
     base = generate(
         make_policy(ModelConfig(path=str(tiny_folder))), PROMPTS[:1], seed=7, steps=4, guidance_scale=guidance
@@ -61,8 +46,8 @@ def test_plain_diffusers_draws_the_same_image(run, tiny_folder, tmp_path, guidan
     assert np.abs(ours - base[0]).max() > 1  # the LoRA matters, so agreeing without it would not do
 
 
-def test_files_are_named_and_say_how_they_were_drawn(run, tmp_path, capsys):
-    main(["--run", str(run), "--seed", "3", "--images", "2", "--output", str(tmp_path), *PROMPTS])
+def test_files_are_named_and_say_how_they_were_drawn(trained, tmp_path, capsys):
+    main(["--run", str(trained[0]), "--seed", "3", "--images", "2", "--output", str(tmp_path), *PROMPTS])
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
         "00-a-photo-of-two-red-circles-00.png", "00-a-photo-of-two-red-circles-01.png",
@@ -72,8 +57,8 @@ def test_files_are_named_and_say_how_they_were_drawn(run, tmp_path, capsys):
         assert (image.info["prompt"], image.info["seed"], image.info["steps"]) == (PROMPTS[1], "4", "4")
 
 
-def test_an_image_does_not_depend_on_its_neighbours(run):
-    policy, _ = load_run(run)
+def test_an_image_does_not_depend_on_its_neighbours(trained):
+    policy, _ = load_run(trained[0])
     many = generate(policy, PROMPTS, images=3, seed=0, steps=3, batch_size=2)
     one = generate(policy, PROMPTS[1:], images=1, seed=2, steps=3)
     assert many.shape == (6, 32, 32, 3) and np.abs(many[5].astype(int) - one[0].astype(int)).max() <= 1

@@ -175,17 +175,18 @@ def test_a_non_finite_update_is_skipped_and_counted_and_several_end_the_run(opti
     assert run.skipped_in_row == 0 and not torch.equal(weights(run), begin)
 
 
+@pytest.mark.parametrize("every", [0, 1])  # with 1, the held-out evaluation calls the reward first
 @pytest.mark.parametrize("name, message", [("broken", "the judge is out"), ("not_a_number", "row 1, prompt")])
-def test_a_failing_reward_keeps_what_was_learned(options, name, message):
-    run = make_run(options)
+def test_a_failing_reward_keeps_what_was_learned(options, name, message, every):
+    run = make_run(options, f"--evaluation.every={every}")
     train_epoch(run)
-    run.epoch, good = 1, run.reward
+    run.epoch, good, learned = 1, run.reward, weights(run)
     run.reward = program_reward(name)
     with pytest.raises(RewardError, match=message):
         train(run)
     again = Run(run.config, run.folder)
     restore(again)
-    assert again.epoch == 1 and torch.equal(weights(run), weights(again))
+    assert again.epoch == 1 and torch.equal(weights(again), learned)
     again.reward = good
     train(again)
     assert again.epoch == 4

@@ -168,7 +168,7 @@ def check_at_least(**limits):
 
 # %% ../nbs/22_evaluate.ipynb #c033
 def evaluate_model(model: str, prompts: str | None = None, reward: str | None = None, images: int | None = None,
-                   steps: int | None = None, guidance_scale: float | None = None, seed: int | None = None,
+                   steps: int | None = None, guidance_scale: float | None = None, seed: int = 0,
                    recipe: str = "tiny-geneval", output: str | None = None):
     """Draw one image for each held-out prompt, deterministically, and score it.
 
@@ -179,7 +179,7 @@ def evaluate_model(model: str, prompts: str | None = None, reward: str | None = 
         images: number of images; default: that of the run or recipe
         steps: deterministic sampling steps; default: that of the run or recipe
         guidance_scale: classifier-free guidance, 1 is none; default: that of the run or recipe
-        seed: of the noise; default: that of the run or recipe
+        seed: of the noise; the exam of every run has 0
         recipe: where the settings of a model come from; a run has its own
         output: file for the result; default: evaluation.json in the run's folder, none for a model
     """
@@ -188,7 +188,7 @@ def evaluate_model(model: str, prompts: str | None = None, reward: str | None = 
     given = {"images": images, "steps": steps, "guidance_scale": guidance_scale}
     settings = replace(config.evaluation, **{key: value for key, value in given.items() if value is not None})
     judge = make_reward(reward or config.reward.name, **({} if reward else config.reward.options))
-    source, seed = prompts or config.prompts.test, config.seed if seed is None else seed
+    source = prompts or config.prompts.test
     rows = load_prompts(source, "test", settings.images)
     result = evaluate(policy, judge, rows, settings, seed, config.sampling.batch_size, config.reward.timeout)
     print(table(result.summary))

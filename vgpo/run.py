@@ -44,7 +44,8 @@ class Run:
         self.reward = make_reward(config.reward.name, **config.reward.options)
         self.rows = load_prompts(config.prompts.train, "train")
         if config.sampling.groups > len(self.rows):
-            raise ValueError(f"sampling.groups is {config.sampling.groups}, but there are {len(self.rows)} training prompts")
+            raise ValueError(
+                f"sampling.groups is {config.sampling.groups}, but there are {len(self.rows)} training prompts")
         self.test = load_prompts(config.prompts.test, "test", config.evaluation.images)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -80,14 +81,16 @@ def evaluate_before(run):
     "The held-out Result of the model before training, so the same whether the run is new or resumed."
     c = run.config
     with run.policy.reference():
-        return evaluate(run.policy, run.reward, run.test, c.evaluation, c.seed, c.sampling.batch_size, c.reward.timeout)
+        return evaluate(run.policy, run.reward, run.test, c.evaluation,
+                        batch_size=c.sampling.batch_size, timeout=c.reward.timeout)
 
 
 def evaluate_run(run):
     "The held-out Result of the averaged weights: the same prompts and noise whenever it is called."
     c = run.config
     with averaged(run):
-        return evaluate(run.policy, run.reward, run.test, c.evaluation, c.seed, c.sampling.batch_size, c.reward.timeout)
+        return evaluate(run.policy, run.reward, run.test, c.evaluation,
+                        batch_size=c.sampling.batch_size, timeout=c.reward.timeout)
 
 # %% ../nbs/23_run.ipynb #c011
 def named(run):
@@ -122,8 +125,7 @@ def restore(run):
     for key in ("epoch", "updates", "skipped_in_row", "skipped", "trained_s"): setattr(run, key, state[key])
     run.ema.optimization_step = state["ema_steps"]
     log = run.folder / "metrics.jsonl"
-    kept = [line for line in log.read_text().splitlines() if json.loads(line)["epoch"] < run.epoch]
-    log.write_text("".join(f"{line}\n" for line in kept))
+    log.write_text("".join(f"{line}\n" for line in log.read_text().splitlines()[: run.epoch]))  # one line an epoch
 
 # %% ../nbs/23_run.ipynb #c014
 def log_epoch(run, stats, rewards, group, advantages, raw, strict):
@@ -131,7 +133,8 @@ def log_epoch(run, stats, rewards, group, advantages, raw, strict):
     raw, strict = (run.accelerator.gather(v.to(run.device)) for v in (raw, strict))
     spread = group_stats(rewards[:, -1], group)[1]
     metrics = {
-        "epoch": run.epoch, "reward": rewards[:, -1].mean().item(), "raw": raw.mean().item(), "strict": None if strict.isnan().any() else strict.mean().item(),
+        "epoch": run.epoch, "reward": rewards[:, -1].mean().item(), "raw": raw.mean().item(),
+        "strict": None if strict.isnan().any() else strict.mean().item(),
         "group_std": spread.mean().item(), "zero_std": (spread < 1e-6).float().mean().item(),
         "reward_by_step": [round(r, 4) for r in rewards.mean(0).tolist()],
         "advantage": advantages.abs().mean().item(), **stats, "lr": run.optimizer.param_groups[0]["lr"],
@@ -162,9 +165,11 @@ def run_folder(config):
 def start(argv):
     "The Run of a command line: a new one, or with `--resume RUN` the one in that folder."
     if "--resume" in argv:
-        if argv[0] != "--resume" or len(argv) != 2: raise ValueError("--resume takes the folder of a run and nothing else; its recipe is in config.yaml")
+        if argv[0] != "--resume" or len(argv) != 2:
+            raise ValueError("--resume takes the folder of a run and nothing else; its recipe is in config.yaml")
         folder = Path(argv[1])
-        if not (folder / "config.yaml").is_file(): raise FileNotFoundError(f"{folder} is not a run: it has no config.yaml")
+        if not (folder / "config.yaml").is_file():
+            raise FileNotFoundError(f"{folder} is not a run: it has no config.yaml")
         run = Run(parse_config(["--recipe", str(folder / "config.yaml")]), folder)
         restore(run)
     else:
