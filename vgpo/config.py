@@ -71,7 +71,7 @@ class SamplingConfig:
     sampler: Literal["flow-sde", "dance-sde", "flow-cps"] = "flow-sde"
     """how noise enters a step"""
     noise_level: float = 0.7
-    """eta of the sampler; 0 is the deterministic ODE"""
+    """eta of the sampler, how much noise a step adds; above 0"""
     steps: int = 10
     """T, denoising steps of a rollout"""
     sde_steps: int = 9

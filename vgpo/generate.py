@@ -32,12 +32,15 @@ def file_name(number, prompt, i):
 
 # %% ../nbs/25_generate.ipynb #c012
 def generate(policy, prompts, images=1, seed=0, steps=20, guidance_scale=1.0, batch_size=64):
-    "Pictures (len(prompts) * images, H, W, 3) uint8, prompt by prompt; image i of each starts from the noise of seed + i."
+    """Pictures (len(prompts) * images, H, W, 3) uint8, prompt by prompt.
+
+    Image i of each prompt starts from the noise of seed + i.
+    """
     noise = seeded_noise(policy.latent_shape, seed, images)
     return generate_images(policy, [prompt for prompt in prompts for _ in range(images)],
                            noise.repeat(len(prompts), 1, 1, 1), steps, guidance_scale, batch_size, "drawing")
 
-
+# %% ../nbs/25_generate.ipynb #c014
 def save_images(pictures, prompts, images, folder, settings):
     """Write a PNG an image, with prompt, seed and `settings` in its metadata, and grid.png; returns the PNGs' paths.
 
@@ -57,16 +60,17 @@ def save_images(pictures, prompts, images, folder, settings):
     image_grid(pictures, captions, columns=min(columns, 8)).savefig(folder / "grid.png", dpi=150)
     return paths
 
-# %% ../nbs/25_generate.ipynb #c021
+# %% ../nbs/25_generate.ipynb #c023
 def check_request(prompts, run, model, guidance_scale):
     "Raise ValueError for a request that cannot be drawn."
     if not prompts: raise ValueError("there is no prompt; give one or more, in quotes")
     if any(not prompt.strip() for prompt in prompts): raise ValueError("a prompt is empty; give a sentence in quotes")
-    if not (run or model): raise ValueError("nothing to draw with; give --run RUN or --model MODEL (`tiny` ships with vgpo)")
+    if not (run or model):
+        raise ValueError("nothing to draw with; give --run RUN or --model MODEL (`tiny` ships with vgpo)")
     if guidance_scale is not None and not guidance_scale >= 0:
         raise ValueError(f"--guidance_scale is {guidance_scale}; it must not be negative")
 
-
+# %% ../nbs/25_generate.ipynb #c025
 def generate_files(prompts: list[str], run: str | None = None, model: str | None = None, seed: int = 0,
                    images: int = 1, steps: int | None = None, guidance_scale: float | None = None,
                    output: str | None = None, recipe: str = "tiny-geneval"):
@@ -95,7 +99,7 @@ def generate_files(prompts: list[str], run: str | None = None, model: str | None
     for path in save_images(pictures, prompts, images, folder, settings): print(path)
     print(folder / "grid.png")
 
-
+# %% ../nbs/25_generate.ipynb #c027
 def main(argv=None):
     "The program; `argv` is the command line without its first word."
     parser = ArgumentParser(prog="python -m vgpo.generate", description="Draw images of prompts: PNG files and a grid.")
@@ -105,5 +109,5 @@ def main(argv=None):
     try: generate_files(**parser.parse_args(argv).as_dict())
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
 
-# %% ../nbs/25_generate.ipynb #c025
+# %% ../nbs/25_generate.ipynb #c033
 if __name__ == "__main__" and "__file__" in globals(): main()
