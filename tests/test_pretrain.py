@@ -32,7 +32,7 @@ def test_mislabelled_captions_are_exchanged_within_their_task():
 
 
 def test_pretraining_is_reproducible_and_diffusers_loads_it(tmp_path):
-    sizes = dict(scenes=96, words=32, autoencoder_steps=2, flow_steps=2, mislabeled_steps=1)
+    sizes = dict(scenes=96, words=32, autoencoder_steps=2, decoder_steps=2, flow_steps=2, mislabeled_steps=1)
     first = pretrain(tmp_path / "a", **sizes)
     pretrain(tmp_path / "b", **sizes)
     file = "transformer/diffusion_pytorch_model.safetensors"

@@ -68,16 +68,17 @@ def make_autoencoder(channels=32, latent_channels=8):
         num_encoder_blocks=(0, 1, 1), num_decoder_blocks=(2, 2, 0)).to(memory_format=torch.channels_last)
 
 
-def train_autoencoder(vae, pictures, steps, batch_size=64, lr=2e-3, noise=0.1, seed=0):
+def train_autoencoder(vae, pictures, steps, decoder_only=False, batch_size=64, lr=2e-3, noise=0.1, seed=0):
     "Fit the autoencoder by mean squared error, with a little latent noise so that the decoder forgives the sampler."
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr, weight_decay=1e-4)
+    trained = vae.decoder if decoder_only else vae
+    optimizer = torch.optim.AdamW(trained.parameters(), lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
     bar = trange(steps, desc="autoencoder", mininterval=5)
     for _ in bar:
         i = torch.randint(len(pictures), (batch_size,), generator=generator)
         images = to_tensor(pictures[i.numpy()])
-        latents = vae.encode(images).latents
+        with torch.set_grad_enabled(not decoder_only): latents = vae.encode(images).latents
         decoded = vae.decode(latents + noise * torch.randn(latents.shape, generator=generator)).sample
         loss = F.mse_loss(decoded, images) + 1e-3 * latents.square().mean()
         optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
@@ -173,11 +174,13 @@ def mislabel(rows, scenes=0.04, words=0.2, seed=0):
     return captions
 
 # %% ../../nbs/16_pretrain.ipynb #c017
-def pretrain(out, scenes=100_000, words=40_000, autoencoder_steps=2000, flow_steps=2500, mislabeled_steps=2500, seed=0):
+def pretrain(out, scenes=100_000, words=40_000, autoencoder_steps=2000, decoder_steps=3000, flow_steps=2500,
+             mislabeled_steps=2500, seed=0):
     "Make the tiny world's pipeline from nothing and save it in the folder `out`."
     pictures, rows = training_pictures(scenes, words, seed)
     torch.manual_seed(seed)
-    vae = train_autoencoder(make_autoencoder(), pictures, autoencoder_steps, seed=seed).eval()
+    vae = train_autoencoder(make_autoencoder(), pictures, autoencoder_steps, seed=seed)
+    train_autoencoder(vae, pictures, decoder_steps, decoder_only=True, seed=seed)
     latents = encode_pictures(vae, pictures)
     pipe = make_pipeline(vae, seed=seed)
     train_flow(pipe, latents, [row["prompt"] for row in rows], flow_steps, seed=seed)
