@@ -8,6 +8,7 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
+server = settings["server_requirements"].split()
 setup(
     name=settings["lib_name"],
     version=settings["version"],
@@ -22,6 +23,6 @@ setup(
     include_package_data=True,
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={"server": server, "dev": server + settings["dev_requirements"].split()},
     entry_points={"nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"]},
 )

@@ -118,8 +118,8 @@ def test_rewards_by_name(tmp_path, monkeypatch):
         make_reward("home_made:g")
     with pytest.raises(ValueError, match="'nowhere:f' cannot be imported .*No module named 'nowhere'"):
         make_reward("nowhere:f")
-    with pytest.raises(ValueError, match=f"unknown reward 'geneval': known are {', '.join(sorted(REWARDS))}"):
-        make_reward("geneval")
+    with pytest.raises(ValueError, match=f"unknown reward 'genevel': known are {', '.join(sorted(REWARDS))}"):
+        make_reward("genevel")
 
 
 def test_geneval_shapes_sees_what_the_tiny_world_painted():
@@ -133,3 +133,9 @@ def test_geneval_shapes_sees_what_the_tiny_world_painted():
     blank = score(reward, np.zeros_like(images), [row["prompt"] for row in rows], rows)
     assert not blank.strict.any() and blank.raw.max() == 0
     assert make_reward("geneval-shapes", flow_grpo_compat=True, threshold=0.5).name == "geneval-flow-grpo"
+
+
+def test_options_that_a_reward_does_not_have_are_named():
+    with pytest.raises(ValueError, match="reward 'jpeg' cannot be made: .*unexpected keyword argument 'quallity'"):
+        make_reward("jpeg", quallity=50)
+    assert make_reward("vgpo.rewards.jpeg:JPEG", quality=50).version != make_reward("jpeg").version

@@ -8,6 +8,11 @@ def brightness(images, prompts, metadata):
     return images.reshape(len(images), -1).mean(1) / 255
 
 
+def power(images, prompts, metadata, exponent=3):
+    "A power of the mean brightness, which wants bright pictures more than not too dark ones."
+    return brightness(images, prompts, metadata) ** exponent
+
+
 def broken(images, prompts, metadata):
     "A reward that fails."
     raise RuntimeError("the judge is out")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REWARDS', 'RewardError', 'Scores', 'Reward', 'FunctionReward', 'check_inputs', 'check_scores', 'refuse',
-           'run_with_timeout', 'score', 'geneval_shapes', 'ocr', 'make_reward']
+           'run_with_timeout', 'score', 'imported', 'built', 'make_reward', 'CombinedReward', 'configured_reward']
 
 # %% ../../nbs/10_rewards.ipynb #c002
 import importlib
@@ -29,12 +29,14 @@ class Scores:
     scaled: torch.Tensor  # (B,) float32 in [0, 1]: what training sees
     strict: torch.Tensor | None = None  # (B,) bool: right or wrong, where the metric knows
     details: list[dict] = field(default_factory=list)  # one dict a picture: whatever explains its score
+    parts: dict[str, "Scores"] = field(default_factory=dict)  # by name, where several rewards were combined
 
 # %% ../../nbs/10_rewards.ipynb #c015
 class Reward(Protocol):
     "Anything with a name, a declared scale, and a call that judges pictures."
     name: str
     scale: str  # one line: how a raw score becomes a number in [0, 1]
+    version: str  # one line: engine, weights, revision; scores of different versions are not comparable
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
         "Judge `images` (B, H, W, 3) uint8, made for `prompts` (B), whose prompt-file rows are `metadata` (B)."
@@ -46,6 +48,7 @@ class FunctionReward:
 
     def __init__(self, fn: Callable[..., Sequence[float]], name: str | None = None):
         self.fn, self.name, self.scale = fn, name or getattr(fn, "__name__", "function"), "already in [0, 1]"
+        self.version = self.name
 
     def __call__(self, images, prompts, metadata):
         raw = torch.as_tensor(self.fn(images, prompts, metadata), dtype=torch.float32)
@@ -120,34 +123,77 @@ def score(reward: Reward, images: np.ndarray, prompts: list[str], metadata: list
     return scores
 
 # %% ../../nbs/10_rewards.ipynb #c032
-def geneval_shapes(**options):
-    "GenEval's rules over the tiny world's shape detector, in a closed world. Options: see `vgpo.rewards.geneval.GenEval`."
-    from vgpo.rewards.geneval import GenEval
-    from vgpo.world.detector import ShapeDetector
-    return GenEval(ShapeDetector(), **({"threshold": 0.6, "counting_threshold": 0.6, "closed": True} | options))
+REWARDS = {  # name -> module:maker, imported when it is asked for
+    "geneval-shapes": "vgpo.world.detector:geneval_shapes",
+    "geneval": "vgpo.rewards.coco:geneval",
+    "ocr": "vgpo.rewards.ocr:OCR",
+    "clipscore": "vgpo.rewards.clip:CLIPScore",
+    "pickscore": "vgpo.rewards.clip:PickScore",
+    "aesthetic": "vgpo.rewards.clip:Aesthetic",
+    "hpsv2": "vgpo.rewards.clip:HPSv2",
+    "imagereward": "vgpo.rewards.imagereward:ImageReward",
+    "jpeg": "vgpo.rewards.jpeg:JPEG",
+    "unifiedreward": "vgpo.rewards.judges:UnifiedReward",
+    "vlm-score": "vgpo.rewards.judges:VLMScore",
+    "p-yes": "vgpo.rewards.judges:PYes",
+    "deqa": "vgpo.rewards.judges:DeQA",
+    "remote": "vgpo.rewards.remote:RemoteReward",
+}
 
 
-def ocr(**options):
-    "The text on the picture against the text in the prompt. Options as for `vgpo.rewards.ocr.OCR`."
-    from vgpo.rewards.ocr import OCR
-    return OCR(**options)
-
-
-REWARDS = {"geneval-shapes": geneval_shapes, "ocr": ocr}  # name -> maker; it imports what it needs when called
-
-# %% ../../nbs/10_rewards.ipynb #c033
-def make_reward(name: str, **options: Any) -> Reward:
-    """The reward called `name`: one of `REWARDS`, or 'module:function' for a function as FunctionReward takes it.
-
-    `options` go to the reward, or to every call of the function. Raises ValueError for a name that leads nowhere.
-    """
-    if name in REWARDS: return REWARDS[name](**options)
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ValueError(f"unknown reward {name!r}: known are {', '.join(sorted(REWARDS))}, and 'module:function'")
-    try:
-        fn = getattr(importlib.import_module(module), attribute)
+def imported(name: str) -> Any:
+    "What 'module:attribute' names; raises ValueError where there is nothing."
+    module, _, attribute = name.partition(":")
+    try: return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as e:
         raise ValueError(f"reward {name!r} cannot be imported ({e}): use an importable 'module:function'") from e
+
+# %% ../../nbs/10_rewards.ipynb #c033
+def built(name, maker, options):
+    "What a maker makes with `options`; ValueError for options that it does not have, or needs."
+    try: return maker(**options)
+    except TypeError as e: raise ValueError(f"reward {name!r} cannot be made: {e}; see reward.options") from e
+
+
+def make_reward(name: str, **options: Any) -> Reward:
+    """The reward called `name`: one of `REWARDS`, 'module:function' for a function as FunctionReward takes it, or
+    'module:Class' for a class whose objects are rewards.
+
+    `options` go to the class, or to every call of the function. Raises ValueError for a name that leads nowhere.
+    """
+    if name in REWARDS: return built(name, imported(REWARDS[name]), options)
+    if ":" not in name:
+        raise ValueError(f"unknown reward {name!r}: known are {', '.join(sorted(REWARDS))}, and 'module:function'")
+    fn = imported(name)
+    if isinstance(fn, type): return built(name, fn, options)
     if not callable(fn): raise ValueError(f"reward {name!r} is a {type(fn).__name__}, not a function")
     return FunctionReward(partial(fn, **options) if options else fn, name=name)
+
+# %% ../../nbs/10_rewards.ipynb #c035
+class CombinedReward:
+    """Several rewards as one: the weighted mean of their scaled scores, with the Scores of each in `parts`.
+
+    `rewards` maps names to rewards and `weights` to numbers, not negative and not all 0, of which only the proportions
+    matter.
+    """
+
+    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]):
+        total = sum(weights.values())
+        self.rewards, self.weights = rewards, {name: weights[name] / total for name in rewards}
+        self.name = " + ".join(f"{weight:.3g} {name}" for name, weight in self.weights.items())
+        self.scale = f"{self.name}; " + "; ".join(f"{name}: {reward.scale}" for name, reward in rewards.items())
+        self.version = "; ".join(f"{name}: {reward.version}" for name, reward in rewards.items())
+
+    def __call__(self, images, prompts, metadata):
+        parts = {name: score(reward, images, prompts, metadata) for name, reward in self.rewards.items()}
+        mean = sum(weight * parts[name].scaled for name, weight in self.weights.items()).clamp(0, 1)
+        strict = next((part.strict for part in parts.values() if part.strict is not None), None)
+        details = [dict(zip(parts, row)) for row in zip(*(part.details for part in parts.values()))]
+        return Scores(mean, mean, strict, details, parts)
+
+
+def configured_reward(config: Any) -> Reward:
+    "The Reward that a RewardConfig describes: that of its `name`, or its `parts` combined."
+    if not config.parts: return make_reward(config.name, **config.options)
+    made = {name: make_reward(name, **config.part_options.get(name, {})) for name in config.parts}
+    return CombinedReward(made, config.parts)

@@ -218,9 +218,14 @@ class GenEval:
         self.threshold, self.counting_threshold = threshold, counting_threshold
         self.name = "geneval-flow-grpo" if flow_grpo_compat else "geneval"
         self.scale = "at most 1; below 0 becomes 0" if flow_grpo_compat else "already in [0, 1]"
+        self.version = f"GenEval's rules over {getattr(detector, 'version', type(detector).__name__)}"
+
+    def check_row(self, row):
+        "ValueError if a prompt row is not one that GenEval can judge."
+        check_row(row)
 
     def __call__(self, images, prompts, metadata):
-        for row in metadata: check_row(row)
+        for row in metadata: self.check_row(row)
         found = self.detector(images)
         if len(found) != len(metadata):
             raise ValueError(f"the detector gave {len(found)} lists of detections for {len(metadata)} pictures")

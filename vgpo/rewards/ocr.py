@@ -92,6 +92,10 @@ class OCR:
         self.engines = [make_engine(self.width, batch_size) for _ in range(threads)]
         self.pool, self.version = ThreadPoolExecutor(threads), engine_version(self.engines[0])
 
+    def check_row(self, row):
+        "ValueError if a prompt row has no target."
+        target_text(row["prompt"], row)
+
     def read(self, images: np.ndarray) -> list[str]:
         "The text on each of `images` (B, H, W, 3) uint8 RGB; '' where there is none."
         bgr = np.ascontiguousarray(images[..., ::-1])  # rapidocr expects OpenCV's order of channels

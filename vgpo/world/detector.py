@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BITS', 'color_table', 'name_colors', 'components', 'sample_masks', 'sample_shapes', 'templates', 'similarity',
-           'ShapeDetector']
+           'ShapeDetector', 'geneval_shapes']
 
 # %% ../../nbs/15_detector.ipynb #c002
 import random
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from ..rewards.geneval import Detection
+from ..rewards.geneval import Detection, GenEval
 from .scenes import COLORS, SHAPES, SIZE, draw_shape
 
 # %% ../../nbs/15_detector.ipynb #c007
@@ -141,3 +141,8 @@ class ShapeDetector:
             picture, color = divmod(int(planes[plane]), len(names))
             found[picture].append(Detection(SHAPES[shape], score, (x0, y0, x1, y1), names[color]))
         return found
+
+# %% ../../nbs/15_detector.ipynb #c043
+def geneval_shapes(**options):
+    "GenEval's rules over the tiny world's detector, in a closed world. Options: see `vgpo.rewards.geneval.GenEval`."
+    return GenEval(ShapeDetector(), **({"threshold": 0.6, "counting_threshold": 0.6, "closed": True} | options))
