@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from tiny_pipelines import tiny_sd3
 from torch.testing import assert_close
 
+from vgpo.config import parse_config
+from vgpo.evaluate import generate_images, load_run
 from vgpo.flow import ode_sample
-from vgpo.policy import Condition, SD3Policy, latent_size, load_pipeline
+from vgpo.policy import Condition, EmbeddingCache, Geometry, SD3Policy, join, latent_side, load_pipeline, load_policy
 from vgpo.rollout import replay, rollout
+from vgpo.run import averaged, evaluate_before, needed_prompts, start
 from vgpo.sde import FlowSDE
+from vgpo.train import finish, train, train_epoch
+from vgpo.world.pretrain import make_autoencoder
 
 PROMPTS = ["a photo of two red circles", 'a blue sign that says "CAT"']
 SIGMA = torch.tensor(0.7)
@@ -55,7 +61,7 @@ def perturb(policy, size=0.05):
         p.data.add_(size * torch.randn(p.shape, generator=g))
 
 
-@pytest.mark.parametrize("guidance_scale", [0.5, 1.0, 4.5])
+@pytest.mark.parametrize("guidance_scale", [0.5, 4.5])
 def test_the_deterministic_sampler_is_the_pipeline(policy, plain, noise, guidance_scale):
     ours = draw(policy, noise, guidance_scale)
     theirs = draw_plain(plain, noise, guidance_scale, output_type="latent")
@@ -104,7 +110,20 @@ def test_each_prompt_is_encoded_once_and_forgotten_in_order(policy):
 def test_condition_rows():
     condition = Condition(torch.arange(6.0).reshape(3, 2, 1), torch.arange(3.0).reshape(3, 1))
     assert condition[1:].pooled.tolist() == [[1.0], [2.0]] and condition[1:].text.shape == (2, 2, 1)
-    assert condition[:1].expand(4).text.shape == (4, 2, 1)
+    assert condition[:1].expand(4).text.shape == (4, 2, 1) and condition.mask is None
+    masked = Condition(torch.ones(2, 3, 1), mask=torch.tensor([[True, True, False], [True] * 3]))
+    assert masked[1:].pooled is None and masked[[1]].mask.tolist() == [[True] * 3]
+    half = masked.expand(2).to(torch.bfloat16)
+    assert half.text.dtype == torch.bfloat16 and half.mask.dtype == torch.bool
+
+
+def test_texts_of_different_lengths_are_padded_at_the_end():
+    short, long = (Condition(torch.ones(1, n, 2), mask=torch.ones(1, n, dtype=torch.bool)) for n in (2, 4))
+    both = join([short, long])
+    assert both.text.sum((1, 2)).tolist() == [4, 8] and both.mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert not both.text[0, 2:].any() and join([short, short]).text.shape == (2, 2, 2)
+    with pytest.raises(ValueError, match="texts of different lengths need a mask"):
+        join([Condition(torch.ones(1, 2, 2)), long])
 
 
 def test_lora_starts_as_the_identity_and_is_all_that_learns(policy, noise):
@@ -145,7 +164,7 @@ def test_the_seed_decides_the_adapters(tiny_folder):
     assert torch.equal(adapters(0), adapters(0)) and not torch.equal(adapters(0), adapters(1))
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 16), (8, 2)])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 16), (8, 2)])
 def test_a_saved_lora_draws_the_same_in_plain_diffusers(policy, plain, noise, tmp_path, rank, alpha):
     policy.add_lora(rank=rank, alpha=alpha)
     perturb(policy)
@@ -166,10 +185,6 @@ def test_no_reference_and_nothing_to_save_without_lora(policy, noise, tmp_path):
         policy.velocity(noise, SIGMA, policy.encode(PROMPTS))
     with pytest.raises(ValueError, match="no LoRA.*add_lora"):
         policy.save(tmp_path)
-    policy.full_finetune()
-    assert len(policy.parameters()) == len(list(policy.network.parameters()))
-    with pytest.raises(ValueError, match="no LoRA.*add_lora"), policy.reference():
-        pass
 
 
 def test_guidance_is_a_constant_for_the_gradient(policy, noise):
@@ -229,17 +244,40 @@ def test_checkpointing_leaves_the_gradient(policy, noise):
 
 def test_resolutions(tiny_folder):
     pipe = load_pipeline(str(tiny_folder))
-    assert latent_size(pipe) == latent_size(pipe, 32) == 8 and latent_size(pipe, 16) == 4
-    assert SD3Policy(pipe, resolution=16).latent_shape == (8, 4, 4)
+    assert SD3Policy(pipe).measure() == Geometry(channels=8, patch=2, side=8, largest=8)
+    assert SD3Policy(pipe).latent_shape == SD3Policy(pipe, resolution=32).latent_shape == (8, 8, 8)
+    assert SD3Policy(pipe, resolution=16).latent_shape == (8, 4, 4) and SD3Policy(pipe, resolution=16).tokens == 4
     for wrong in (30, 40, 0, -8):
         with pytest.raises(ValueError, match=f"model.resolution is {wrong}; .* multiple of 8 up to 32"):
-            latent_size(pipe, wrong)
+            SD3Policy(pipe, resolution=wrong)
+    unbounded = Geometry(channels=16, patch=2, side=128)
+    assert latent_side(unbounded, 8) == 128 and latent_side(unbounded, 8, 4096) == 512
+    with pytest.raises(ValueError, match="model.resolution is 0; .* multiple of 16 from 16"):
+        latent_side(unbounded, 8, 0)
 
 
 def test_what_is_no_pipeline(tiny_folder, tmp_path):
     for wrong in (tmp_path, tmp_path / "nowhere", "a mistyped name"):
         with pytest.raises(FileNotFoundError, match="holds no pipeline.*check model.path"):
             load_pipeline(str(wrong))
+
+
+def test_a_pipeline_of_another_kind(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(
+        ValueError, match="is a StableDiffusionPipeline; .*StableDiffusion3Pipeline, FluxPipeline, Qwen"
+    ):
+        load_policy(tmp_path)
+
+
+def test_pickled_weights_are_not_read(tiny_folder, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_folder, folder)
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    torch.save(load_pipeline(str(tiny_folder)).transformer.state_dict(), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match="cannot load the pipeline"):
+        load_pipeline(str(folder))
 
 
 @pytest.mark.parametrize("part", ["model_index.json", "transformer/config.json", "transformer", "text_encoder"])
@@ -261,3 +299,237 @@ def test_the_saved_pipeline_is_plain(tiny_folder):
     assert {library for library, _ in parts.values()} <= {"diffusers", "transformers", None}
     files = {p.suffix for p in Path(tiny_folder).rglob("*") if p.is_file()}
     assert files <= {".json", ".safetensors", ".txt"}  # nothing unpickles
+
+
+# What is trained
+
+
+def test_targets_that_no_layer_has(policy):
+    with pytest.raises(ValueError, match="model.lora_targets has 'attn.to_w', but no layer's name ends in it"):
+        policy.add_lora(targets=["attn.to_q", "attn.to_w"])
+
+
+def test_the_second_attention_is_adapted_when_asked_for():
+    def adapted(targets):
+        policy = SD3Policy(tiny_sd3(dual_attention_layers=(0,)))
+        policy.add_lora(rank=2, targets=targets)
+        return {name.split(".lora_")[0] for name, _ in policy.network.named_parameters() if ".lora_" in name}
+
+    default, more = adapted(None), adapted([*SD3Policy.targets, "attn2.to_q"])
+    assert len(default) == 3 * 8 - 1 and not any("attn2" in name for name in default)  # the last block returns no text
+    assert more - default == {"transformer_blocks.0.attn2.to_q"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_weights(tiny_folder, plain, noise, tmp_path, dtype):
+    policy = load_policy(tiny_folder, dtype)
+    condition = policy.encode(PROMPTS)
+    before = policy.velocity(noise, SIGMA, condition)
+    policy.full_finetune()
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert len(policy.parameters()) == len(list(policy.network.parameters()))
+    velocity = policy.velocity(noise, SIGMA, condition)
+    # float32 weights that hold half-precision values, under autocast: the same up to rounding, and exact in float32
+    assert_close(velocity, before, atol=0 if dtype == torch.float32 else 0.05 * before.std().item(), rtol=0)
+    velocity.square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.parameters())
+    perturb(policy, 0.01)
+    with torch.no_grad():
+        trained = policy.velocity(noise, SIGMA, condition)
+        with policy.reference():
+            assert torch.equal(policy.velocity(noise, SIGMA, condition), velocity)
+        assert (
+            torch.equal(policy.velocity(noise, SIGMA, condition), trained) and (trained - velocity).abs().max() > 0.05
+        )
+    policy.save(tmp_path / "whole")
+    again = load_policy(tiny_folder, dtype)
+    again.load(tmp_path / "whole")
+    assert not again.parameters()
+    assert torch.equal(again.velocity(noise, SIGMA, condition), trained)
+    if dtype == torch.float32:
+        theirs = StableDiffusion3Pipeline.from_pretrained(
+            tiny_folder, transformer=type(policy.network).from_pretrained(tmp_path / "whole"),
+            text_encoder_3=None, tokenizer_3=None)  # fmt: skip
+        theirs.set_progress_bar_config(disable=True)
+        assert_close(draw(policy, noise), draw_plain(theirs, noise, output_type="latent"), atol=1e-4, rtol=0)
+
+
+def test_the_weights_come_back_after_an_error(policy):
+    policy.full_finetune()
+    perturb(policy)
+    trained = [p.clone() for p in policy.parameters()]
+    with pytest.raises(KeyError), policy.reference():
+        raise KeyError
+    assert all(torch.equal(a, b) for a, b in zip(trained, policy.parameters(), strict=True))
+
+
+# Memory
+
+
+def count_encodings(policy):
+    calls = []
+    policy.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_embeddings_on_the_disk(tiny_folder, tmp_path):
+    first = load_policy(tiny_folder, embedding_cache=tmp_path)
+    wanted, calls = first.encode(PROMPTS), count_encodings(first)
+    assert len(list(tmp_path.iterdir())) == 2 and {f.suffix for f in tmp_path.iterdir()} == {".safetensors"}
+    assert first.encode(PROMPTS) and not calls
+    second = load_policy(tiny_folder, embedding_cache=tmp_path, cache_size=1)
+    calls = count_encodings(second)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(tuple(second.encode(PROMPTS))[:2], tuple(wanted)[:2], strict=True))
+    assert not calls
+    for changed in ({"max_sequence_length": 4}, {"dtype": torch.bfloat16}, {"revision": "v2"}):
+        other = load_policy(tiny_folder, embedding_cache=tmp_path, **changed)
+        calls = count_encodings(other)
+        other.encode(PROMPTS[:1])
+        assert len(calls) == 1, changed
+
+
+def test_a_damaged_file_of_the_disk_cache_is_named(tmp_path):
+    cache = EmbeddingCache(tmp_path / "new", "model", None)
+    assert cache.get("a") is None
+    condition = Condition(torch.rand(1, 2, 3), mask=torch.tensor([[True, False]]))
+    cache.put("a", condition)
+    found = cache.get("a")
+    assert torch.equal(found.text, condition.text) and found.pooled is None and torch.equal(found.mask, condition.mask)
+    assert [f.name for f in (tmp_path / "new").iterdir()] == [cache.file("a").name]
+    cache.file("a").write_bytes(b"half a file")
+    with pytest.raises(OSError, match=f"{cache.file('a').name} is damaged .*; delete it"):
+        cache.get("a")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_freed_text_encoders(tiny_folder, noise, tmp_path, cached):
+    kept = load_policy(tiny_folder)
+    policy = load_policy(
+        tiny_folder, free_text_encoders=True, embedding_cache=tmp_path if cached else None, cache_size=1
+    )
+    assert policy.pipe.text_encoder is not None
+    policy.prepare(PROMPTS)
+    assert policy.pipe.text_encoder is None and policy.pipe.text_encoder_2 is None
+    assert not any("text_encoder" in name for name, part in policy.pipe.components.items() if part is not None)
+    assert_close(draw(policy, noise, 3.0), draw(kept, noise, 3.0), atol=0, rtol=0)  # guidance needs the empty prompt
+    with pytest.raises(ValueError, match="'new' was not encoded before the text encoders were freed.*announce it"):
+        policy.encode(["new"])
+    policy.prepare(["new"])  # too late, and nothing happens
+
+
+def test_the_prompts_that_a_run_needs():
+    config = parse_config(["--epochs", "3", "--sampling.groups", "2", "--seed", "5", "--optim.updates", "1"])
+    rows, test = [{"prompt": f"p{i}"} for i in range(50)], [{"prompt": "held out"}, {"prompt": "p1"}]
+    from vgpo.prompts import epoch_prompts
+
+    wanted = {f"p{i}" for epoch in range(3) for i in epoch_prompts(50, 2, 5, epoch)} | {"held out", "p1", ""}
+    prompts = needed_prompts(config, rows, test)
+    assert set(prompts) == wanted and len(prompts) == len(wanted)
+
+
+def test_drafts_before_the_last_step(tiny_folder, policy, tmp_path):
+    torch.manual_seed(1)
+    make_autoencoder().save_pretrained(tmp_path)
+    drafting = load_policy(tiny_folder, draft_decoder=tmp_path)
+    clean = torch.randn(2, 3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    full, mixed = (p.decode_steps(clean, 4).reshape(2, 3, 32, 32, 3) for p in (policy, drafting))
+    assert np.array_equal(full.reshape(-1, 32, 32, 3), policy.decode(clean.flatten(0, 1)))
+    assert np.array_equal(mixed[:, -1], full[:, -1]) and not np.array_equal(mixed[:, 0], full[:, 0])
+    assert np.array_equal(drafting.decode_steps(clean[:, -1:], 4), policy.decode(clean[:, -1]))
+    drafting.pipe.vae = drafting.draft  # made for the latents as they are: its config says scale 1 and shift 0
+    assert np.array_equal(mixed[:, :-1].reshape(-1, 32, 32, 3), drafting.decode(clean[:, :-1].flatten(0, 1)))
+
+
+def test_a_draft_decoder_for_other_latents(tiny_folder, tmp_path):
+    make_autoencoder(latent_channels=4).save_pretrained(tmp_path / "taesd")
+    with pytest.raises(
+        ValueError, match="model.draft_decoder is .*taesd, which decodes latents of 4 channels to 4 pix.*8"
+    ):
+        load_policy(tiny_folder, draft_decoder=tmp_path / "taesd")
+    with pytest.raises(OSError, match="check model.draft_decoder"):
+        load_policy(tiny_folder, draft_decoder=tmp_path / "nothing")
+
+
+def test_slices_and_tiles(tmp_path):
+    tiny_sd3().save_pretrained(tmp_path)
+    settings = dict(resolution=24, max_sequence_length=4)
+    whole, sliced, tiled = (load_policy(tmp_path, **settings, **more)
+                            for more in ({}, {"vae_slicing": True}, {"vae_tiling": True}))  # fmt: skip
+    latents, shapes = torch.randn(3, *whole.latent_shape, generator=torch.Generator().manual_seed(0)), []
+    for policy in (whole, sliced, tiled):
+        policy.pipe.vae.decoder.register_forward_pre_hook(lambda _, x: shapes.append(tuple(x[0].shape)))
+    pictures = whole.decode(latents)
+    assert shapes == [(3, 4, 12, 12)] and pictures.shape == (3, 24, 24, 3)
+    assert np.array_equal(whole.decode(latents, batch_size=2), pictures) and shapes[1:] == [
+        (2, 4, 12, 12),
+        (1, 4, 12, 12),
+    ]
+    shapes.clear()
+    assert np.abs(sliced.decode(latents).astype(int) - pictures).max() <= 1 and shapes == [(1, 4, 12, 12)] * 3
+    shapes.clear()
+    in_tiles = tiled.decode(latents)
+    assert in_tiles.shape == pictures.shape and all(shape[-1] <= 8 for shape in shapes) and len(shapes) > 1
+
+
+def test_an_autoencoder_that_cannot_be_tiled(tiny_folder):
+    with pytest.raises(ValueError, match="model.vae_tiling is true, but .*; set it to false"):
+        load_policy(tiny_folder, vae_tiling=True)
+
+
+def test_numbers_of_tokens(tiny_folder):
+    with pytest.raises(ValueError, match="model.max_sequence_length is 513; .* must lie in 0 to 512"):
+        load_policy(tiny_folder, max_sequence_length=513)
+    assert SD3Policy(tiny_sd3()).max_sequence_length == 256  # with T5
+    assert load_policy(tiny_folder).max_sequence_length == 0
+
+
+# Runs
+
+
+SMALL = [
+    *("--sampling.groups=2", "--sampling.group_size=4", "--sampling.steps=4", "--sampling.sde_steps=3"),
+    *("--values.reward_steps=4", "--sampling.batch_size=4", "--evaluation.images=4", "--evaluation.steps=2"),
+    *("--reward.name=tiny_rewards:brightness", "--samples_every=100", "--optim.lr=1e-3", "--optim.updates=2"),
+    *("--epochs=1", "--checkpoint_every=1", "--sampling.guidance_scale=2", "--optim.guidance_scale=2"),
+]
+
+
+def test_memory_options_do_not_change_a_run(tiny_folder, tmp_path):
+    options = [*SMALL, f"--model.path={tiny_folder}", f"--output={tmp_path}"]
+    saving = [*options, "--model.free_text_encoders=true", f"--model.embedding_cache={tmp_path / 'cache'}"]
+    measured = []
+    for arguments in (options, saving, saving):
+        run = start(arguments)
+        metrics = train_epoch(run)
+        measured.append({key: value for key, value in metrics.items() if not key.endswith("_s")})
+    assert measured[0] == measured[1] == measured[2] and run.policy.pipe.text_encoder is None
+    files = list((tmp_path / "cache").iterdir())
+    assert len(files) == len(needed_prompts(run.config, run.rows, run.test))
+
+
+def test_a_run_of_all_weights(tiny_folder, tmp_path):
+    options = [*SMALL, f"--model.path={tiny_folder}", f"--output={tmp_path}", "--model.lora_rank=0"]
+    run = start(options)
+    before = evaluate_before(run)
+    train(run)
+    finish(run, before)
+    assert (run.folder / "transformer").is_dir() and not (run.folder / "lora").exists()
+    policy, _ = load_run(run.folder)
+    with averaged(run):
+        trained = [p.detach().clone() for p in run.policy.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(policy.network.parameters(), trained, strict=True))
+    assert not policy.parameters() and any(
+        not torch.equal(a, b) for a, b in zip(trained, run.policy.before, strict=True)
+    )
+    resumed = start(["--resume", str(run.folder)])
+    assert np.array_equal(evaluate_before(resumed).images, before.images)
+    with pytest.raises(ValueError, match="optim.kl_weight is 0.1; with model.lora_rank 0 it must be 0"):
+        parse_config([*options, "--optim.kl_weight=0.1"])
+
+
+def test_evaluation_with_freed_encoders(tiny_folder, noise):
+    policy = load_policy(tiny_folder, free_text_encoders=True)
+    images = generate_images(policy, PROMPTS, noise, steps=2)
+    assert policy.pipe.text_encoder is None
+    assert np.array_equal(images, generate_images(load_policy(tiny_folder), PROMPTS, noise, steps=2))

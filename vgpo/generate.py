@@ -95,7 +95,7 @@ def generate_files(prompts: list[str], run: str | None = None, model: str | None
     pictures = generate(policy, prompts, images, seed, steps, guidance, config.sampling.batch_size)
     folder = Path(output) if output else Path(run or ".") / "generated"
     settings = {"model": config.model.path, "run": run or "", "seed": seed, "steps": steps, "guidance_scale": guidance,
-                "max_sequence_length": config.model.max_sequence_length}
+                "max_sequence_length": policy.max_sequence_length}
     for path in save_images(pictures, prompts, images, folder, settings): print(path)
     print(folder / "grid.png")
 

@@ -1,0 +1,96 @@
+"What half precision does to ratio and gradient, and what options save, on the random pipeline."
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from vgpo.policy import load_policy
+from vgpo.precision import network_bytes, ratio_error
+from vgpo.sde import FlowSDE
+from vgpo.train import RATIO_TOLERANCE
+
+PROMPTS = ["a photo of two red circles", 'a blue sign that says "CAT"']
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NOISE = torch.randn(2, 5, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def trained(folder, dtype):
+    policy, g = load_policy(folder, dtype), torch.Generator().manual_seed(1)
+    policy.add_lora(rank=4, alpha=8)
+    for p in policy.parameters():
+        p.data.add_(0.02 * torch.randn(p.shape, generator=g))
+    return policy
+
+
+@pytest.fixture(scope="module")
+def policies(tiny_folder):
+    return {name: trained(tiny_folder, dtype) for name, dtype in DTYPES.items()}
+
+
+def velocity_of(policy):
+    condition = policy.encode(PROMPTS)
+    return lambda x, sigma: policy.velocity(x, sigma, condition)
+
+
+def error(policies, a, b):
+    sigmas = policies["float32"].sigmas(4)
+    return ratio_error(velocity_of(policies[a]), velocity_of(policies[b]), NOISE, sigmas, FlowSDE(0.7), 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_batches_keep_the_ratio_within_the_trainers_tolerance(policies, dtype):
+    assert error(policies, dtype, dtype).tolist() == [0, 0, 0] and RATIO_TOLERANCE[dtype] >= 0
+
+
+def test_mixed_precision_breaks_it_and_more_so_at_narrow_steps(policies):
+    coarse, fine = error(policies, "float32", "bfloat16"), error(policies, "float32", "float16")
+    assert (coarse > 3 * fine).all() and (fine > 0).all()  # three bits more are a factor of eight
+    assert coarse[-1] > 3 * coarse[0]
+
+
+def test_the_ratio_error_is_that_of_the_formula():
+    "With a mean that is off by delta = -kappa * e, log ratio = mean(z * delta / s - delta² / 2s²)."
+    sampler, sigmas, e = FlowSDE(0.7), torch.tensor([1.0, 0.8, 0.5, 0.0]), 0.05
+    found = ratio_error(lambda x, s: 0 * x, lambda x, s: 0 * x + e, NOISE[:, :4], sigmas, sampler, 2)
+    for j in range(2):
+        step = sampler.transition(torch.zeros(1, 1), torch.ones(1, 1), sigmas[j], sigmas[j + 1], sigmas[1])
+        delta = step.mean.item() * e / step.std.item()
+        log_ratio = NOISE[:, j + 1].flatten(1).mean(1) * delta - delta**2 / 2
+        assert_close(found[j], (log_ratio.exp() - 1).abs().mean(), rtol=1e-2, atol=1e-6)
+
+
+def gradient(policy, factor):
+    for p in policy.parameters():
+        p.grad = None
+    velocity = policy.velocity(NOISE[:, 0], torch.tensor(0.7), policy.encode(PROMPTS))
+    (velocity * NOISE[:, 1]).mean().mul(factor).backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters()]) / factor
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**-18])
+def test_gradients_survive_half_precision(policies, factor):
+    exact = gradient(policies["float32"], 1.0)
+    for name, cosine in (("float16", 0.9999), ("bfloat16", 0.99)):
+        found = gradient(policies[name], factor)
+        assert found.dtype == torch.float32
+        assert torch.cosine_similarity(found, exact, 0) > cosine
+        assert abs(found.norm() / exact.norm() - 1) < 0.05
+
+
+def test_without_the_lift_they_do_not(policies, tiny_folder, monkeypatch):
+    policy = trained(tiny_folder, torch.float16)
+    assert policy.lift == 128 * math.prod(policy.latent_shape)
+    monkeypatch.setattr(type(policy), "lift", 1.0)
+    assert torch.cosine_similarity(gradient(policy, 2.0**-18), gradient(policies["float32"], 1.0), 0) < 0.5
+
+
+def test_bytes(tiny_folder):
+    policy = load_policy(tiny_folder, torch.bfloat16)
+    count = sum(p.numel() for p in policy.network.parameters())
+    policy.add_lora(rank=4)
+    adapters = sum(p.numel() for p in policy.parameters())
+    sizes = network_bytes(policy.pipe)
+    assert set(sizes) == {"vae", "text_encoder", "text_encoder_2", "transformer"}
+    assert sizes["transformer"] == (2 * count, 4 * adapters) and sizes["vae"][1] == 0
