@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'RECIPES', 'ModelConfig', 'PromptsConfig', 'RewardConfig', 'SamplingConfig', 'ValuesConfig',
-           'AdvantageConfig', 'OptimConfig', 'EvaluationConfig', 'Config', 'options', 'within', 'value_of',
-           'check_config', 'recipe_path', 'unknown_option', 'check_recipe', 'read_recipe', 'Parser', 'plain_message',
-           'make_parser', 'parse_config', 'Dumper', 'save_config']
+           'AdvantageConfig', 'OptimConfig', 'EvaluationConfig', 'Config', 'options', 'within', 'window_starts',
+           'window_rules', 'reward_rules', 'value_of', 'check_config', 'recipe_path', 'unknown_option', 'check_recipe',
+           'read_recipe', 'Parser', 'plain_message', 'make_parser', 'parse_config', 'Dumper', 'save_config']
 
 # %% ../nbs/19_config.ipynb #c002
 import argparse
@@ -29,27 +29,41 @@ class ModelConfig:
     "The model and its adapters."
     path: str = "tiny"
     """`tiny`, a folder with a diffusers pipeline, or a name on the hub"""
+    revision: str | None = None
+    """branch, tag or commit of a model on the hub; default: its main branch"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of the frozen weights and the network's arithmetic; adapters, latents and log-probabilities are float32"""
+    """of frozen weights and the network's arithmetic; trained weights, latents and log-probabilities are float32"""
     resolution: int | None = None
     """pixels per side; default: what the model was made for"""
-    max_sequence_length: int = 0
-    """tokens of the T5 encoder (0 to 512)"""
+    max_sequence_length: int | None = None
+    """tokens of a prompt in the large text encoder; default: the pipeline's own, 0 for an SD3 without T5"""
+    embedded_guidance: float = 3.5
+    """the guidance that a distilled model such as FLUX.1-dev is told of; other models have no use for it"""
     lora_rank: int = 32
-    """rank of the adapters"""
+    """rank of the adapters; 0 trains all weights of the transformer instead"""
     lora_alpha: float = 64
     """the adapters' output is scaled by lora_alpha / lora_rank"""
     lora_targets: list[str] = field(default_factory=list)
-    """layers to adapt, by the end of their names; default: the eight attention projections"""
+    """layers to adapt, by the end of their names; default: what the model's family usually adapts"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: slower, less memory"""
+    free_text_encoders: bool = False
+    """encode every prompt of the run first, then drop the text encoders from memory"""
+    embedding_cache: str | None = None
+    """folder in which encoded prompts are kept, for this run and later ones"""
+    draft_decoder: str | None = None
+    """folder or hub name of an AutoencoderTiny (TAESD) that decodes what is scored before the last step"""
+    vae_tiling: bool = False
+    """decode a large picture in tiles: less memory, faint seams"""
+    vae_slicing: bool = False
+    """decode one picture at a time: less memory"""
 
 # %% ../nbs/19_config.ipynb #c007
 @dataclass
 class PromptsConfig:
     "What is asked for."
     train: str = "tiny-scenes"
-    """`tiny-scenes`, `tiny-words`, or a .txt or .jsonl file"""
+    """`tiny-scenes`, `tiny-words`, `geneval`, `ocr`, or a .txt or .jsonl file"""
     test: str = "tiny-scenes"
     """the same for the held-out prompts"""
 
@@ -61,6 +75,10 @@ class RewardConfig:
     """a registered reward, or `module:function`"""
     options: dict[str, Any] = field(default_factory=dict)
     """keyword arguments of the reward"""
+    parts: dict[str, float] = field(default_factory=dict)
+    """several rewards by name, with their weights, in place of `name`; only the weights' proportions matter"""
+    part_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """keyword arguments of the parts, by name"""
     timeout: float = 600.0
     """seconds until a call that does not return counts as failed"""
 
@@ -75,7 +93,19 @@ class SamplingConfig:
     steps: int = 10
     """T, denoising steps of a rollout"""
     sde_steps: int = 9
-    """leading steps that draw noise and are trained; the others follow the ODE"""
+    """length of the window, the consecutive steps that draw noise and are trained; the others follow the ODE"""
+    window: Literal["leading", "fixed", "random", "sliding"] = "leading"
+    """where the window begins: at step 0, at window_start, anew at random, or moving"""
+    window_start: int = 0
+    """where a fixed window begins, and a random or sliding one begins at the earliest; steps count from 0"""
+    window_stop: int | None = None
+    """the step before which a random or sliding window ends; default: sampling.steps - 1"""
+    window_per: Literal["epoch", "group"] = "epoch"
+    """how often a random window is drawn"""
+    window_stride: int = 1
+    """steps by which a sliding window moves; from its last place it returns to its first"""
+    window_every: int = 25
+    """epochs between the moves of a sliding window"""
     guidance_scale: float = 1.0
     """classifier-free guidance of rollouts; 1 is none"""
     groups: int = 8
@@ -105,7 +135,9 @@ class AdvantageConfig:
     anchor_steps: int = 5
     """leading steps in which the absolute term acts (vgpo)"""
     std: Literal["group", "global"] = "group"
-    """whose standard deviation divides (grpo)"""
+    """whose standard deviation divides: that of the prompt's group, or of the epoch"""
+    combine: Literal["sum", "gdpo"] = "sum"
+    """with reward.parts: normalise the weighted sum in its group, or each part before they are summed"""
     clip: float = 5.0
     """advantages are clamped to [-clip, clip]"""
 
@@ -129,8 +161,12 @@ class OptimConfig:
     """classifier-free guidance while training; the ratio starts at 1 only if it is that of the rollouts"""
     clip_range: float = 1e-3
     """the ratio is clipped to 1 ± clip_range; small, as log-probabilities are means over latent dimensions"""
+    ratio: Literal["plain", "guard"] = "plain"
+    """the importance ratio as it is, or normalised as in GRPO-Guard, which makes it smaller: lower clip_range with it"""
     kl_weight: float = 0.0
     """beta, weight of the KL to the model before training; 0 saves its forward passes"""
+    kl: Literal["gaussian", "velocity"] = "gaussian"
+    """the KL of the steps' Gaussians, or the mean squared difference of the velocities, which weighs all steps alike"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     ema_decay: float = 0.9
@@ -187,9 +223,11 @@ def options(section=Config, prefix=""):
 # %% ../nbs/19_config.ipynb #c022
 RANGES = {
     "epochs": "[0, inf)", "samples_every": "[1, inf)", "checkpoint_every": "[1, inf)",
-    "model.resolution": "[1, inf)", "model.max_sequence_length": "[0, 512]", "model.lora_rank": "[1, inf)",
-    "model.lora_alpha": "(0, inf)", "reward.timeout": "(0, inf)", "sampling.noise_level": "(0, inf)",
-    "sampling.steps": "[2, inf)", "sampling.sde_steps": "[1, inf)", "sampling.guidance_scale": "[1, inf)",
+    "model.resolution": "[1, inf)", "model.max_sequence_length": "[0, 1024]", "model.lora_rank": "[0, inf)",
+    "model.lora_alpha": "(0, inf)", "model.embedded_guidance": "[0, inf)", "reward.timeout": "(0, inf)", "sampling.noise_level": "(0, inf)",
+    "sampling.steps": "[2, inf)", "sampling.sde_steps": "[1, inf)", "sampling.window_start": "[0, inf)",
+    "sampling.window_stop": "[1, inf)", "sampling.window_stride": "[1, inf)", "sampling.window_every": "[1, inf)",
+    "sampling.guidance_scale": "[1, inf)",
     "sampling.groups": "[1, inf)", "sampling.group_size": "[2, inf)", "sampling.batch_size": "[1, inf)",
     "values.gamma": "[0, 1]", "values.reward_steps": "[1, inf)", "advantage.anchor": "[0, inf)",
     "advantage.anchor_steps": "[0, inf)", "advantage.clip": "(0, inf)", "optim.lr": "(0, inf)",
@@ -208,6 +246,48 @@ def within(value, interval):
     return above and (value <= high if interval[-1] == "]" else value < high)
 
 # %% ../nbs/19_config.ipynb #c025
+def window_starts(sampling):
+    "The steps at which the window of a SamplingConfig may begin, in the order in which a sliding one takes them."
+    if sampling.window in ("leading", "fixed"): return [sampling.window_start if sampling.window == "fixed" else 0]
+    stop = sampling.steps - 1 if sampling.window_stop is None else sampling.window_stop
+    last, stride = stop - sampling.sde_steps, sampling.window_stride if sampling.window == "sliding" else 1
+    return [*range(sampling.window_start, last, stride), last]
+
+
+def window_rules(s):
+    "Pairs (holds, message) about the window of a SamplingConfig: it is never empty and never beyond the steps."
+    last, moves = window_starts(s)[-1], s.window in ("random", "sliding")
+    stop = s.steps - 1 if s.window_stop is None else s.window_stop
+    return [
+        (s.sde_steps <= s.steps, f"sampling.sde_steps is {s.sde_steps}; it must lie in 1 to sampling.steps, {s.steps}"),
+        (not moves or stop <= s.steps, f"sampling.window_stop is {stop}; it must lie in 1 to sampling.steps, {s.steps}"),
+        (not moves or last >= s.window_start,
+         f"sampling.sde_steps is {s.sde_steps}; a {s.window} window must fit between sampling.window_start, "
+         f"{s.window_start}, and sampling.window_stop, {stop}: lower sde_steps, or leave more room"),
+        (last + s.sde_steps <= s.steps, f"sampling.window_start is {last}; with sampling.sde_steps, {s.sde_steps}, the "
+         f"window must end by sampling.steps, {s.steps}: lower one of them"),
+        (s.sampler != "flow-cps" or last + s.sde_steps < s.steps,
+         f"sampling.sde_steps is {s.sde_steps}; flow-cps draws no noise in the last step, {s.steps - 1}, so the window "
+         "must end before it: lower sde_steps"),
+        (s.sampler != "flow-cps" or s.noise_level <= 1,
+         f"sampling.noise_level is {s.noise_level}; with flow-cps it must lie in (0, 1]"),
+    ]
+
+# %% ../nbs/19_config.ipynb #c026
+def reward_rules(r, advantage):
+    "Pairs (holds, message) about the parts of a RewardConfig."
+    stray = sorted(set(r.part_options) - set(r.parts))
+    return [
+        (all(within(w, "[0, inf)") for w in r.parts.values()) and (not r.parts or sum(r.parts.values()) > 0),
+         f"reward.parts is {r.parts}; weights must not be negative, and one of them must be above 0"),
+        (not (r.parts and r.options), "reward.options is for reward.name alone; beside reward.parts, give "
+         "reward.part_options: {name: {option: value}}"),
+        (not stray, f"reward.part_options has {', '.join(stray)}, which reward.parts has not; add it there, with a weight"),
+        (advantage.combine == "sum" or len(r.parts) > 1,
+         f"advantage.combine is {advantage.combine}; it needs two rewards or more in reward.parts; else leave it at sum"),
+    ]
+
+# %% ../nbs/19_config.ipynb #c027
 def value_of(config, option):
     "The value of an option given by its dotted name."
     for name in option.split("."): config = getattr(config, name)
@@ -222,11 +302,13 @@ def check_config(config):
             raise ValueError(f"{option} is {value}; it must lie in {interval}")
     s, total = config.sampling, config.sampling.groups * config.sampling.group_size
     rules = [
-        (s.sde_steps <= s.steps, f"sampling.sde_steps is {s.sde_steps}; it must lie in 1 to sampling.steps, {s.steps}"),
+        *window_rules(s), *reward_rules(config.reward, config.advantage),
         (config.values.reward_steps <= s.steps,
          f"values.reward_steps is {config.values.reward_steps}; it must lie in 1 to sampling.steps, {s.steps}"),
         (total % config.optim.updates == 0,
          f"optim.updates is {config.optim.updates}; it must divide the {total} images of an epoch"),
+        (config.model.lora_rank or not config.optim.kl_weight,
+         f"optim.kl_weight is {config.optim.kl_weight}; with model.lora_rank 0 it must be 0, or train adapters"),
         (all(within(beta, "[0, 1)") for beta in config.optim.betas),
          f"optim.betas is {config.optim.betas}; both must lie in [0, 1)"),
         (Path(config.name).name == config.name not in ("", ".."),
@@ -236,7 +318,7 @@ def check_config(config):
         if not holds: raise ValueError(message)
     return config
 
-# %% ../nbs/19_config.ipynb #c030
+# %% ../nbs/19_config.ipynb #c032
 RECIPES = Path(vgpo.__file__).parent / "recipes"
 
 
@@ -248,7 +330,7 @@ def recipe_path(name):
         raise FileNotFoundError(f"there is no recipe {name!r}; give a .yaml file or one of {known}")
     return path
 
-# %% ../nbs/19_config.ipynb #c035
+# %% ../nbs/19_config.ipynb #c037
 def unknown_option(name):
     "What to say about an option that does not exist."
     sections = {option.rsplit(".", depth)[0] for option in options() for depth in (0, 1)}
@@ -276,7 +358,7 @@ def read_recipe(path):
     check_recipe(given, path)
     return given
 
-# %% ../nbs/19_config.ipynb #c038
+# %% ../nbs/19_config.ipynb #c040
 class Parser(jsonargparse.ArgumentParser):
     "A parser whose help starts with one line of usage, and whose errors are ValueErrors of one line."
     def error(self, message, ex=None):
@@ -303,7 +385,7 @@ def make_parser(program):
     parser.add_class_arguments(Config)
     return parser
 
-# %% ../nbs/19_config.ipynb #c040
+# %% ../nbs/19_config.ipynb #c042
 def parse_config(argv, program="vgpo.train"):
     """The checked Config of a command line; the recipe is read first, so every other option overrides it.
 
@@ -324,7 +406,7 @@ def parse_config(argv, program="vgpo.train"):
     check_recipe(asdict(config), "command line")
     return check_config(config)
 
-# %% ../nbs/19_config.ipynb #c047
+# %% ../nbs/19_config.ipynb #c049
 class Dumper(yaml.SafeDumper):
     "Writes YAML that quotes strings such as 1e-4, which PyYAML reads as strings and other readers as numbers."
 

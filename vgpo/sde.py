@@ -22,6 +22,7 @@ class Transition:
     """
     mean: torch.Tensor  # (B, …)
     std: torch.Tensor  # transition std, sqrt(step length) included; a scalar or (B, 1, …), >= 0
+    velocity: torch.Tensor | None = None  # (B, …) that it was made from, where somebody has use for it
 
     def sample(self, noise):
         "x_next (B, …) for standard normal `noise` (B, …)."

@@ -14,21 +14,24 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from .advantages import group_relative, value_anchored
+from .evaluate import weights_folder
 from .losses import clipped_surrogate
+from .plan import main as show_plan
 from .plots import describe, write_report
 from .policy import Condition, quiet
 from .prompts import epoch_prompts, sample_noise
 from .rewards.base import RewardError, score
-from .rollout import Trajectory, replay, rollout
+from .rollout import Trajectory, column, replay, rollout
 from .run import averaged, checkpoint, clock, evaluate_before, evaluate_run, log_epoch, save_samples, start
 from .values import discounted_values
+from .variants import KLS, RATIOS, decoupled_credit, draw_window, variant_metrics, window_mask
 
 # %% ../nbs/24_train.ipynb #c005
 RATIO_TOLERANCE = {"float32": 0.0, "bfloat16": 1e-4, "float16": 1e-4}  # of the first ratio's distance from 1
@@ -49,7 +52,9 @@ class Batch:
     rows: list  # prompt rows, one a trajectory
     condition: Condition
     path: Trajectory
+    start: int | torch.Tensor  # the first step that is trained, or that of each trajectory (B,)
     rewards: torch.Tensor = None  # (B, T) instant rewards in [0, 1]
+    parts: dict = field(default_factory=dict)  # name -> (raw (B,) of the finished images, rewards (B, T)) of several judges
     advantages: torch.Tensor = None  # (B, T)
 
 # %% ../nbs/24_train.ipynb #c009
@@ -72,10 +77,12 @@ def roll(run, update, pairs):
     c, rows = run.config.sampling, [run.rows[prompt] for prompt, _ in pairs]
     shape = (c.steps + 1, *run.policy.latent_shape)
     noise = torch.stack([sample_noise(shape, run.config.seed, run.epoch, *pair) for pair in pairs]).to(run.device)
-    condition = run.policy.encode([row["prompt"] for row in rows])
-    path = rollout(lambda x, sigma: run.policy.velocity(x, sigma, condition, c.guidance_scale), noise[:, 0],
-                   run.sigmas, run.sampler, noise[:, 1:], torch.tensor([p for p, _ in pairs]), sde_steps=c.sde_steps)
-    return Batch(update, rows, condition, path)
+    condition, group = run.policy.encode([row["prompt"] for row in rows]), torch.tensor([p for p, _ in pairs])
+    start = draw_window(c, run.config.seed, run.epoch, group.tolist())
+    path = rollout(lambda x, sigma: run.policy.velocity(x, sigma, condition, c.guidance_scale), noise[:, 0], run.sigmas,
+                   run.sampler, noise[:, 1:], group, sde_steps=window_mask(start, c.sde_steps, len(pairs), c.steps),
+                   keep_means=run.config.optim.ratio == "guard")
+    return Batch(update, rows, condition, path, start)
 
 # %% ../nbs/24_train.ipynb #c013
 def scored_columns(steps, count):
@@ -90,14 +97,16 @@ def fill_columns(rewards, columns, steps):
 # %% ../nbs/24_train.ipynb #c016
 def judge(run, batches):
     "Instant rewards of every batch: decode and judge the clean estimates. GRPO needs the last one only."
-    steps, timeout = run.config.sampling.steps, run.config.reward.timeout
+    steps, size, timeout = run.config.sampling.steps, run.config.sampling.batch_size, run.config.reward.timeout
     count = 1 if run.config.advantage.kind == "grpo" else run.config.values.reward_steps
     columns, last = scored_columns(steps, count), []
     for batch in batches:
-        with clock(run, "decode"): images = run.policy.decode(batch.path.clean[:, columns].flatten(0, 1))
+        with clock(run, "decode"): images = run.policy.decode_steps(batch.path.clean[:, columns], size)
         rows = [row for row in batch.rows for _ in columns]
         with clock(run, "score"): scores = score(run.reward, images, [row["prompt"] for row in rows], rows, timeout)
         batch.rewards = fill_columns(scores.scaled.reshape(-1, len(columns)), columns, steps)
+        batch.parts = {name: (part.raw[len(columns) - 1 :: len(columns)], fill_columns(
+            part.scaled.reshape(-1, len(columns)), columns, steps)) for name, part in scores.parts.items()}
         strict = scores.strict if scores.strict is not None else torch.full_like(scores.raw, float("nan"))
         last.append((images[len(columns) - 1 :: len(columns)], scores.raw.reshape(-1, len(columns))[:, -1],
                      strict.float().reshape(-1, len(columns))[:, -1]))
@@ -105,24 +114,32 @@ def judge(run, batches):
     return np.concatenate(images), torch.cat(raw), torch.cat(strict)
 
 # %% ../nbs/24_train.ipynb #c018
-def credit(rewards, group, gamma, advantage):
-    "Advantages (B, T) of instant rewards (B, T) as an AdvantageConfig says: GRPO's, or VGPO's (TCRM and ADAE)."
-    if advantage.kind == "grpo":
+def credit(rewards, group, gamma, advantage, weights=None):
+    """Advantages (B, T) of instant rewards (B, T) as an AdvantageConfig says: GRPO's, or VGPO's (TCRM and ADAE).
+
+    With `combine: gdpo` the rewards are those of M judges (B, T, M), whose weights (M,) are given too.
+    """
+    if advantage.combine == "gdpo": result = decoupled_credit(rewards, weights, group, gamma, advantage)
+    elif advantage.kind == "grpo":
         result = group_relative(rewards[:, -1], group, std=advantage.std)[:, None].expand_as(rewards)
     else:
-        result = value_anchored(discounted_values(rewards, gamma), group, advantage.anchor, advantage.anchor_steps)
+        values = discounted_values(rewards, gamma)
+        result = value_anchored(values, group, advantage.anchor, advantage.anchor_steps, std=advantage.std)
     return result.clamp(-advantage.clip, advantage.clip)
 
 # %% ../nbs/24_train.ipynb #c020
 def assign(run, batches):
     "Advantages of every batch, from the statistics of whole groups over all processes."
     a, c = run.accelerator, run.config
-    local = torch.cat([batch.rewards for batch in batches]).to(run.device)
-    rewards = a.gather(local)
-    group = a.gather(torch.cat([batch.path.group for batch in batches]).to(run.device))
-    advantages = credit(rewards, group, c.values.gamma, c.advantage)
-    mine = advantages[a.process_index * len(local) :][: len(local)]
-    for batch, part in zip(batches, mine.split([len(b.rows) for b in batches])): batch.advantages = part
+    def gather(tensors): return a.gather(torch.cat(tensors).to(run.device))
+    rewards, group = gather([b.rewards for b in batches]), gather([b.path.group for b in batches])
+    if c.advantage.combine == "sum": advantages = credit(rewards, group, c.values.gamma, c.advantage)
+    else:
+        judged = gather([torch.stack([r for _, r in b.parts.values()], -1) for b in batches])
+        advantages = credit(judged, group, c.values.gamma, c.advantage, list(run.reward.weights.values()))
+    sizes = [len(b.rows) for b in batches]
+    mine = advantages[a.process_index * sum(sizes) :][: sum(sizes)]
+    for batch, part in zip(batches, mine.split(sizes)): batch.advantages = part
     return rewards, group, advantages
 
 # %% ../nbs/24_train.ipynb #c022
@@ -140,8 +157,8 @@ def update(run, batches):
         for group in run.optimizer.param_groups: group["lr"] = learning_rate(c, run.updates, total)
         run.optimizer.zero_grad()
         mine = [batch for batch in batches if batch.update == update]
-        terms = [backward(run, batch, j, sum(len(b.rows) for b in mine), last=batch is mine[-1])
-                 for batch in mine for j in range(run.config.sampling.sde_steps)]
+        terms = [backward(run, batch, i, sum(len(b.rows) for b in mine), last=batch is mine[-1])
+                 for batch in mine for i in range(run.config.sampling.sde_steps)]
         means = {key: torch.stack([t[key] for t in terms]).mean().item() for key in terms[0]}
         check_ratio(run, means["ratio_dev"])
         norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), c.max_grad_norm).item()
@@ -150,22 +167,22 @@ def update(run, batches):
     return {key: float(np.mean([s[key] for s in stats])) for key in stats[0]}
 
 # %% ../nbs/24_train.ipynb #c026
-def backward(run, batch, j, samples, last):
-    "Add the gradient of step j of a batch: the clipped surrogate, plus the KL to the model before training."
-    c, path = run.config.optim, batch.path
+def backward(run, batch, i, samples, last):
+    "Add the gradient of trained step i of a batch: the clipped surrogate, plus the KL to the model before training."
+    c, path, j = run.config.optim, batch.path, batch.start + i
     def velocity(x, sigma): return run.policy.velocity(x, sigma, batch.condition, c.guidance_scale)
-    final = last and j == run.config.sampling.sde_steps - 1
+    final = last and i == run.config.sampling.sde_steps - 1
     with nullcontext() if final else run.accelerator.no_sync(run.policy.network):
         step = replay(velocity, path, j, run.sampler)
-        loss, stats = clipped_surrogate(
-            step.log_prob(path.latents[:, j + 1]), path.log_probs[:, j], batch.advantages[:, j], c.clip_range)
+        new, old, extra = RATIOS[c.ratio](step, path, j)
+        loss, stats = clipped_surrogate(new, old, column(batch.advantages, j), c.clip_range)
         if c.kl_weight:
             with torch.no_grad(), run.policy.reference(): reference = replay(velocity, path, j, run.sampler)
-            stats["kl"] = step.kl(reference).mean()
+            stats["kl"] = KLS[c.kl](step, reference).mean()
             loss = loss + c.kl_weight * stats["kl"]
         share = len(batch.rows) / samples / run.config.sampling.sde_steps
         run.accelerator.backward(loss * share)
-    return {key: value.detach() for key, value in stats.items()} | {"loss": loss.detach()}
+    return {key: value.detach() for key, value in (stats | extra | {"loss": loss}).items()}
 
 # %% ../nbs/24_train.ipynb #c028
 def apply_gradient(run, finite):
@@ -199,7 +216,7 @@ def train_epoch(run):
     images, raw, strict = judge(run, batches)
     rewards, group, advantages = assign(run, batches)
     with clock(run, "update"): stats = update(run, batches)
-    metrics = log_epoch(run, stats | held_out, rewards, group, advantages, raw, strict)
+    metrics = log_epoch(run, stats | held_out | variant_metrics(run, batches), rewards, group, advantages, raw, strict)
     if run.accelerator.is_main_process and run.epoch % run.config.samples_every == 0:
         save_samples(run, images, raw, [row for batch in batches for row in batch.rows])
     return metrics
@@ -235,20 +252,23 @@ def train(run):
 
 # %% ../nbs/24_train.ipynb #c036
 def finish(run, before):
-    "Evaluate, save the LoRA for plain diffusers, and write the report."
+    "Evaluate, save what was trained for plain diffusers, and write the report."
     after = evaluate_run(run)
     if run.accelerator.is_main_process:
-        with averaged(run): run.policy.save(run.folder / "lora")
+        with averaged(run): run.policy.save(weights_folder(run.folder, run.config.model))
         metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
         write_report(run.folder, run.config, before, after, metrics, run.trained_s, [row["prompt"] for row in run.test])
     return after.summary
 
 # %% ../nbs/24_train.ipynb #c038
 def main(argv=None):
-    "The program: returns its exit code."
+    "The program; with `--plan` it only says what the run would need."
     quiet()
-    try: run = start(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--plan" in argv: return show_plan([word for word in argv if word != "--plan"])
+    try: run = start(argv)
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
+    if run.accelerator.is_main_process: tqdm.write(str(run.shares))
     def stop(*_):
         if run.stopping: raise KeyboardInterrupt
         run.stopping = True
@@ -265,7 +285,8 @@ def main(argv=None):
     finally:
         signal.signal(signal.SIGINT, previous)
         run.accelerator.end_training()
-    tqdm.write(f"held-out {describe(before.summary)} -> {describe(after)}; report in {run.folder / 'report.md'}")
+    if run.accelerator.is_main_process:
+        tqdm.write(f"held-out {describe(before.summary)} -> {describe(after)}; report in {run.folder / 'report.md'}")
 
 # %% ../nbs/24_train.ipynb #c048
 if __name__ == "__main__" and "__file__" in globals(): main()
