@@ -1,0 +1,429 @@
+"Plans against real runs of the tiny model: parameters, FLOPs, bytes and work; and a plan for every full-scale recipe."
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+import vgpo.plan
+import vgpo.train
+from vgpo.config import RECIPES, ModelConfig, RewardConfig, parse_config
+from vgpo.plan import (
+    CARDS,
+    FORMULAS,
+    Card,
+    blank_condition,
+    costs_of,
+    epoch_work,
+    judge_bytes,
+    main,
+    make_part,
+    make_plan,
+    meta_policy,
+    metered,
+    read_configs,
+    resident_bytes,
+    size_of,
+    solve_batches,
+    storages,
+    trajectory_bytes,
+    working_bytes,
+)
+from vgpo.policy import SD3Policy, load_pipeline, networks
+from vgpo.run import Run
+from vgpo.train import assign, judge, sample, update
+
+FULL = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("tiny"))
+SMALL = [
+    *("--sampling.groups=3", "--sampling.group_size=4", "--sampling.steps=4", "--sampling.sde_steps=3"),
+    *("--values.reward_steps=3", "--sampling.batch_size=4", "--evaluation.images=2", "--optim.updates=2"),
+    *("--reward.name=tiny_rewards:brightness", "--prompts.train=tiny-scenes"),
+]
+
+
+@pytest.fixture
+def options(tiny_folder):
+    "The command line of a small run with the random tiny model."
+    return [*SMALL, f"--model.path={tiny_folder}"]
+
+
+def test_every_process_gets_what_equation_1_says():
+    for groups, size, updates, batch, processes in (
+        (48, 24, 2, 9, 8),
+        (6, 10, 3, 4, 4),
+        (5, 4, 1, 3, 2),
+        (1, 2, 1, 9, 1),
+    ):
+        images = list(range(groups * size))
+        n = len(images) // updates
+        dealt = [images[u * n : (u + 1) * n][rank::processes] for u in range(updates) for rank in range(processes)]
+        batches = solve_batches(groups, size, updates, batch, processes)
+        assert {len(share) for share in dealt} == {batches.share}
+        passes = [len(dealt[0][i : i + batch]) for i in range(0, len(dealt[0]), batch)]
+        assert batches.sizes == passes
+    assert "1152 images" in str(solve_batches(48, 24, 2, 9, 8)) and "8 of 9" in str(solve_batches(48, 24, 2, 9, 8))
+    assert str(solve_batches(5, 4, 2, 4, 1)).endswith("2 of 4 and 1 of 2")
+
+
+def test_what_does_not_divide_is_named_with_the_nearest_that_does():
+    with pytest.raises(ValueError, match="48 x 24 = 1152, which 2 updates on 7 processes") as e:
+        solve_batches(48, 24, 2, 9, 7)
+    assert "sampling.groups to 42 or 49" in str(e.value) and "sampling.group_size to 21 or 28" in str(e.value)
+    for groups, size in ((42, 24), (49, 24), (48, 21), (48, 28)):
+        assert solve_batches(groups, size, 2, 9, 7).share * 14 == groups * size
+    with pytest.raises(ValueError, match="sampling.groups to 5, or sampling.group_size to 5"):  # nothing below divides
+        solve_batches(1, 2, 5)
+
+
+def test_a_run_checks_the_processes_that_it_really_has(options, tmp_path, monkeypatch):
+    assert Run(parse_config(options), tmp_path).shares.share == 6
+    monkeypatch.setattr("vgpo.run.Accelerator.num_processes", 4)
+    with pytest.raises(ValueError, match="2 updates on 4 processes do not divide into 8 equal parts"):
+        Run(parse_config(options), tmp_path)
+
+
+PUBLISHED = {  # millions of parameters, and GB of the file at two bytes a number, as on the hub
+    ("stabilityai/stable-diffusion-3.5-medium", "transformer"): (2_243_171_520, 4.94),
+    ("stabilityai/stable-diffusion-3.5-medium", "text_encoder"): (123_650_304, 0.25),
+    ("stabilityai/stable-diffusion-3.5-medium", "text_encoder_2"): (694_659_840, 1.39),
+    ("stabilityai/stable-diffusion-3.5-medium", "text_encoder_3"): (4_762_310_656, 9.52),
+    ("stabilityai/stable-diffusion-3.5-medium", "vae"): (83_819_683, 0.17),
+    ("stabilityai/stable-diffusion-3.5-large", "transformer"): (8_056_627_520, 16.29),
+    ("black-forest-labs/FLUX.1-dev", "transformer"): (11_901_408_320, 23.80),
+    ("Qwen/Qwen-Image", "transformer"): (20_430_401_088, 40.86),
+    ("Qwen/Qwen-Image", "text_encoder"): (8_292_166_656, 16.58),
+    ("Qwen/Qwen-Image", "vae"): (126_892_531, 0.25),
+    ("Tongyi-MAI/Z-Image", "transformer"): (6_154_908_736, 12.31),
+    ("Tongyi-MAI/Z-Image", "text_encoder"): (4_022_468_096, 8.04),
+}
+
+
+@pytest.mark.parametrize("model, part", PUBLISHED)
+def test_configurations_reproduce_the_published_models(model, part):
+    network = make_part(read_configs(model)[part], torch.bfloat16)
+    count, gigabytes = PUBLISHED[model, part]
+    assert sum(p.numel() for p in network.parameters()) == count
+    assert round(size_of(network.state_dict(keep_vars=True).values()) / 1e9, 2) == gigabytes
+    assert {p.device.type for p in network.parameters()} == {"meta"}
+
+
+def test_t5_keeps_float32_where_the_library_does_so_in_float16():
+    small = {"_class_name": "T5EncoderModel", "d_model": 8, "d_ff": 16, "d_kv": 4, "num_layers": 1, "num_heads": 2}
+    part = make_part(small | {"vocab_size": 10, "feed_forward_proj": "gated-gelu"}, torch.float16)
+    kept = {name for name, p in part.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"encoder.block.0.layer.1.DenseReluDense.wo.weight"}
+
+
+def real_policy(folder, dtype=torch.float32, checkpointing=False):
+    "The tiny model with a LoRA, real, with gradients in place."
+    policy = SD3Policy(load_pipeline(str(folder), dtype))
+    policy.add_lora(rank=32, alpha=64)
+    if checkpointing:
+        policy.network.enable_gradient_checkpointing()
+    return with_gradients(policy)
+
+
+def with_gradients(policy):
+    "A policy whose gradients are already there."
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    return policy
+
+
+def passes(policy, batch=6, guidance=1.0, reference=False):
+    "A function that computes what is trained in one step: a velocity, or its distance from the reference's."
+    x = torch.zeros(batch, *policy.latent_shape, device=policy.device)
+    condition = blank_condition(policy, batch).apply(lambda t: torch.zeros_like(t, device=policy.device))
+    policy.cache[""] = condition[:1]
+
+    def forward():
+        velocity = policy.velocity(x, torch.tensor(0.5), condition, guidance)
+        if not reference:
+            return velocity
+        with torch.no_grad(), policy.reference():
+            before = policy.velocity(x, torch.tensor(0.5), condition, guidance)
+        return velocity - before
+
+    return forward
+
+
+def test_parameters_are_those_of_the_real_model(tiny_folder):
+    real, meta = real_policy(tiny_folder), meta_policy(ModelConfig(path=str(tiny_folder)))
+    for name, part in networks(real.pipe).items():
+        there = meta.pipe.components[name].state_dict()
+        assert {k: (t.shape, t.dtype) for k, t in part.state_dict().items()} == {
+            k: (t.shape, t.dtype) for k, t in there.items()
+        }
+    assert [(p.shape, p.dtype) for p in real.parameters()] == [(p.shape, p.dtype) for p in meta.parameters()]
+    assert meta.latent_shape == real.latent_shape
+    shapes = [
+        [t.shape for t in c if t is not None] for c in (blank_condition(meta, 2), real.encode(["a", "a red ball"]))
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flops_and_bytes_are_those_of_real_tensors(tiny_folder, dtype, checkpointing):
+    real = real_policy(tiny_folder, getattr(torch, dtype), checkpointing)
+    model = ModelConfig(path=str(tiny_folder), dtype=dtype, gradient_checkpointing=checkpointing)
+    meta = with_gradients(meta_policy(model))
+    ours, truth = (metered(passes(policy), backward=True) for policy in (meta, real))
+    assert ours.flops == truth.flops
+    assert ours.kept == pytest.approx(truth.kept, rel=0 if dtype == "float32" else 0.01)
+    assert ours.peak == pytest.approx(truth.peak, rel=0.02)
+    assert ours.peak > ours.kept > 6 * 4 * math.prod(real.latent_shape)
+
+
+def test_flops_are_those_of_the_public_counter(tiny_folder):
+    real = real_policy(tiny_folder)
+    attention = {op: formula.__wrapped__ for op, formula in FORMULAS.items() if op not in flop_registry}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        passes(real)().square().mean().backward()
+    config = parse_config(["--model.path", str(tiny_folder), "--sampling.batch_size", "6"])
+    assert costs_of(config)[1].train.flops == counter.get_total_flops()
+
+
+def test_flops_of_attention_and_of_a_product_by_hand():
+    q = torch.zeros(2, 3, 50, 8, device="meta", requires_grad=True)
+    cost = metered(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert cost.flops == 2 * 2 * (2 * 3 * 50 * 50 * 8)  # two products of L x L x D, two FLOPs a multiply-add
+    a, b = torch.zeros(7, 11, device="meta"), torch.zeros(11, 13, device="meta")
+    assert metered(lambda: a @ b) == vgpo.plan.Cost(2 * 7 * 11 * 13, 0 + 7 * 13 * 4, 7 * 13 * 4)
+
+
+def test_kept_bytes_are_what_autograd_saves(tiny_folder):
+    real = real_policy(tiny_folder)
+    weights, saved = set(storages([*real.network.parameters(), *real.network.buffers()])), {}
+
+    def keep(t):
+        saved.update({key: s for key, s in storages(t).items() if key not in weights})
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        result = passes(real)()
+    by_hooks = sum(s.nbytes() for s in saved.values())
+    assert by_hooks == pytest.approx(metered(passes(real)).kept, abs=2 * result.nbytes + 1000)
+
+
+def test_guidance_and_kl_are_made_of_the_parts_that_are_counted(options, tiny_folder):
+    config = parse_config([*options, "--sampling.batch_size=6", "--optim.guidance_scale=2", "--optim.kl_weight=0.1"])
+    policy, costs = costs_of(config)
+    whole = metered(passes(real_policy(tiny_folder), guidance=2.0, reference=True), backward=True)
+    assert whole.flops == costs.train.flops + costs.forward.flops + 2 * costs.reference.flops  # both with guidance
+    assert costs.reference.flops < costs.forward.flops  # without adapters
+    assert working_bytes(config, policy, costs)["update"] == pytest.approx(whole.peak, rel=0.02)
+
+
+VARIANTS = {
+    "vgpo": [],
+    "grpo": ["--advantage.kind=grpo"],
+    "guided with kl": ["--sampling.guidance_scale=2", "--optim.guidance_scale=2", "--optim.kl_weight=0.1"],
+    "unguided update": ["--sampling.guidance_scale=2"],
+    "drafts, checkpointing": ["--model.draft_decoder={}/vae", "--model.gradient_checkpointing=true"],
+}
+
+
+def counted_epoch(run, monkeypatch):
+    "What really happens in an epoch of a run: images through the network, decoded, scored; and what is kept."
+    seen = {"network": 0, "backward": 0, "decode": 0, "draft": 0, "score": 0}
+
+    def passed(module, given, output):
+        seen["network"] += len(output[0])
+        if output[0].requires_grad:
+            output[0].register_hook(lambda g: seen.__setitem__("backward", seen["backward"] + len(g)))
+
+    run.policy.network.register_forward_hook(passed)
+    pixels, reward = run.policy.pixels, run.reward
+
+    def decoded(vae, latents):
+        seen["decode" if vae is run.policy.pipe.vae else "draft"] += len(latents)
+        return pixels(vae, latents)
+
+    monkeypatch.setattr(run.policy, "pixels", decoded)
+
+    def scored(images, prompts, metadata):
+        seen["score"] += len(images)
+        return reward(images, prompts, metadata)
+
+    scored.name = reward.name
+    run.reward, run.seconds = scored, {}
+    batches = sample(run)
+    paths = [
+        (b.path.latents, b.path.clean, b.path.log_probs, *(t for t in b.condition if t is not None)) for b in batches
+    ]
+    kept = sum(t.nbytes for path in paths for t in path)
+    judge(run, batches)
+    assign(run, batches)
+    update(run, batches)
+    return seen, kept
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_work_of_a_real_epoch(options, tiny_folder, tmp_path, monkeypatch, variant):
+    config = parse_config([*options, *(word.format(tiny_folder) for word in VARIANTS[variant])])
+    run = Run(config, tmp_path)
+    seen, kept = counted_epoch(run, monkeypatch)
+    plan = make_plan(config)
+    work = plan.work
+    assert seen["network"] == work["sample"] + work["train"] + work["beside"] + work["reference"]
+    assert seen["backward"] == work["train"]
+    assert {k: seen[k] for k in ("decode", "draft", "score")} == {k: work[k] for k in ("decode", "draft", "score")}
+    assert plan.trajectories == kept
+
+    trained, moments = run.policy.parameters(), run.optimizer.state.values()
+    real = {
+        "trained weights": size_of(trained),
+        "gradients": size_of(p.grad for p in trained),
+        "AdamW's moments": size_of(m[key] for m in moments for key in ("exp_avg", "exp_avg_sq")),
+        "average (EMA)": size_of(run.ema.shadow_params),
+        "autoencoder": sum(
+            size_of([*m.parameters(), *m.buffers()]) for m in (run.policy.pipe.vae, run.policy.draft) if m is not None
+        ),
+    }
+    assert {part: plan.resident[part] for part in real} == real
+    network = run.policy.pipe.transformer
+    assert plan.resident["transformer, frozen"] == size_of([*network.parameters(), *network.buffers()]) - size_of(
+        trained
+    )
+
+
+def test_the_work_by_hand(options):
+    config = parse_config(
+        [*options, "--sampling.guidance_scale=2", "--optim.guidance_scale=2", "--optim.kl_weight=0.1"]
+    )
+    work = epoch_work(config, solve_batches(3, 4, 2, 4))
+    assert work == {
+        **{
+            "sample": 12 * 4 * 2,
+            "train": 12 * 3,
+            "beside": 12 * 3,
+            "reference": 12 * 3 * 2,
+            "decode": 36,
+            "draft": 0,
+            "score": 36,
+        },
+        "encode": 3,
+    }
+    config.reward.parts, config.advantage.kind = {"jpeg": 1.0, "ocr": 1.0}, "grpo"
+    assert epoch_work(config, solve_batches(3, 4, 2, 4))["score"] == 24
+
+
+def test_all_weights_cost_twenty_bytes_each_and_a_copy(tiny_folder):
+    model = ModelConfig(path=str(tiny_folder), lora_rank=0, dtype="bfloat16")
+    policy = meta_policy(model)
+    count = sum(p.numel() for p in policy.network.parameters())
+    parts = resident_bytes(policy, model, processes=2)
+    trained = ("trained weights", "gradients", "AdamW's moments", "average (EMA)", "gradient buckets")
+    assert sum(parts[part] for part in trained) == (20 + 4) * count
+    assert parts["transformer, autocast's copy"] == 2 * (count + sum(b.numel() for b in policy.network.buffers()))
+
+
+def test_guard_keeps_the_means_too(options, tiny_folder):
+    config = parse_config(options)
+    policy, batches = costs_of(config)[0], solve_batches(3, 4, 2, 4)
+    guarded = replace(config, optim=replace(config.optim, ratio="guard"))
+    more = trajectory_bytes(guarded, policy, batches) - trajectory_bytes(config, policy, batches)
+    assert more == 12 * 4 * 4 * math.prod(policy.latent_shape)
+
+
+def test_seconds_are_flops_over_what_the_card_does():
+    card = Card("a card", 80, half=100, single=10)
+    assert card.seconds(35e12, "bfloat16", 0.35) == pytest.approx(1)
+    assert card.seconds(35e12, "float32", 0.5) == pytest.approx(7)
+
+
+def test_judges_on_the_gpu_are_counted():
+    assert judge_bytes(RewardConfig("pickscore", {"device": "cuda"})) == pytest.approx(4 * 986_109_441, rel=1e-6)
+    assert judge_bytes(RewardConfig("pickscore", {"device": "cuda", "dtype": "float16"})) == pytest.approx(
+        2 * 986_109_441, rel=1e-3
+    )
+    assert judge_bytes(RewardConfig("pickscore")) == judge_bytes(RewardConfig("ocr", {"device": "cuda"})) == 0
+    several = RewardConfig(parts={"pickscore": 1, "clipscore": 1}, part_options={"clipscore": {"device": "cuda:0"}})
+    assert judge_bytes(several) == pytest.approx(4 * 427_616_513, rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", FULL)
+def test_every_full_scale_recipe_has_a_plan(recipe):
+    config = parse_config(["--recipe", recipe])
+    plan = make_plan(config, processes=8)
+    assert plan.parameters["transformer"][0] > 1e7 and plan.parameters["vae"][0] == 0
+    assert all(count > 0 for kind, count in plan.work.items() if kind in ("sample", "train", "decode", "score"))
+    assert plan.fits(CARDS["80"]) and all(s > 0 for p, s in plan.seconds(CARDS["80"]).items() if p != "score")
+    kept, rest = costs_of(config)[1].train.kept, sum(plan.resident.values()) + plan.trajectories
+    assert max(plan.phases.values()) <= rest + max(plan.working.values())
+    assert plan.phases["update"] >= kept
+    for card in ("24", "80"):
+        if recipe.endswith(f"-{card}gb"):
+            assert make_plan(config).fits(CARDS[card])
+
+
+@pytest.mark.parametrize("task", ["geneval", "ocr", "pickscore"])
+def test_vgpo_costs_decodes_and_scores_more_than_grpo_and_nothing_else(task):
+    ours, theirs = (make_plan(parse_config(["--recipe", f"sd35-{task}{end}"])) for end in ("", "-grpo"))
+    differing = {kind for kind in ours.work if ours.work[kind] != theirs.work[kind]}
+    assert differing == {"decode", "score"} and ours.work["decode"] == 10 * theirs.work["decode"]
+    assert ours.phases == theirs.phases and ours.flops == theirs.flops
+
+
+def test_the_program_prints_a_plan_and_starts_nothing(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vgpo.train.main(["--plan", *options, "--card", "24", "--processes", "2", "--score_seconds", "2"])
+    out = capsys.readouterr().out
+    assert "12 images an epoch, 6 in each of 2 processes" in out and "gradient buckets" in out
+    assert "RTX 4090" in out and "A100" not in out and "yes" in out
+    assert f"{36 / 2 * 2:.1f}" in out.split("RTX 4090")[1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--processes", "5"], "2 updates on 5 processes do not divide"),
+        (["--processes", "0"], "--processes is 0; it must be above 0"),
+        (["--card", "12"], "invalid choice: '12'"),
+        (
+            ["--model.path", "some/model"],
+            "some/model has no configuration here; give a folder.* or one of .*3.5-medium",
+        ),
+        (["--model.path", "nowhere"], "nowhere holds no pipeline"),
+        (["--sampling.grups", "5"], "did you mean sampling.groups"),
+        (["--model.resolution", "7"], "model.resolution is 7"),
+        (["--model.draft_decoder", "no/such"], "no/such has no configuration here"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why_in_one_line(options, arguments, message):
+    with pytest.raises(SystemExit, match=message) as e:
+        main([*options, *arguments])
+    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+
+
+def test_models_with_the_same_settings_are_counted_once():
+    vgpo.plan.count_costs.cache_clear()
+    for recipe in ("tiny-geneval", "tiny-ocr"):
+        costs_of(parse_config(["--recipe", recipe]))
+    assert vgpo.plan.count_costs.cache_info().misses == 1
+    assert json.dumps(asdict(parse_config(["--recipe", "tiny-ocr"]).model))
+
+
+def test_the_benchmark_runs_on_a_cpu(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "benchmarks/sd35.py", "--recipe", "tiny-geneval", "--epochs", "1", "--groups", "2"]
+    command += ["--group_size", "2", "--draft", "vgpo/world/tiny/vae", "--output", str(tmp_path / "found.json")]
+    command += ["--sampling.steps", "3", "--sampling.sde_steps", "2", "--values.reward_steps", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert set(found) == {"grpo", "vgpo", "vgpo, drafts"}
+    for method in found.values():
+        parts = [method["seconds"][phase] for phase in ("sample", "decode", "score", "update")]
+        assert min(parts) > 0 and sum(parts) <= method["seconds"]["epoch"]
+    assert "GFLOP/s" in done.stdout and done.stdout.splitlines()[2].split()[-1] == "1.000"
