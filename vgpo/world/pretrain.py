@@ -188,7 +188,7 @@ def pretrain(out, scenes=100_000, words=40_000, autoencoder_steps=2000, decoder_
     pipe.save_pretrained(out)
     return pipe
 
-# %% ../../nbs/16_pretrain.ipynb #c033
+# %% ../../nbs/16_pretrain.ipynb #c035
 if __name__ == "__main__" and "__file__" in globals():
     from jsonargparse import auto_cli
     auto_cli(pretrain)
