@@ -34,6 +34,8 @@ def test_every_recipe_is_a_config_with_its_own_name_and_a_known_reward(name):
     config = recipe(name)
     assert config.name == name
     assert set(config.reward.parts or [config.reward.name]) <= set(REWARDS)
+    if name.startswith("sd35-ocr"):  # pictures are more than one line of text
+        assert config.reward.options["mode"] == "full"
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -113,5 +115,5 @@ def test_accelerate_reads_its_configurations_and_leaves_the_dtype_to_the_recipe(
     assert config.num_processes == processes == 8 * config.num_machines
     assert config.mixed_precision == "no" and not config.use_cpu and str(config.distributed_type.value) == "MULTI_GPU"
     assert set(yaml.safe_load(file.read_text())) <= set(vars(config))
-    command = re.search(rf"--config_file (accelerate/{name}\.yaml)", file.read_text())
+    command = re.search(rf"--config_file (launch/{name}\.yaml)", file.read_text())
     assert command and (ROOT / command[1]).is_file()
