@@ -1,12 +1,14 @@
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 import vgpo.checkpoint
-from vgpo.checkpoint import load_checkpoint, save_checkpoint
+from vgpo.checkpoint import checkpoints, newest_whole, read_checkpoint, save_checkpoint
+from vgpo.config import replace_text
 
 
 class Killed(BaseException):
@@ -19,13 +21,13 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def save_epoch(folder, epoch):
-    save_checkpoint(folder, {"weight": torch.full((2,), float(epoch))}, {"epoch": epoch})
+def save_epoch(folder, epoch, **more):
+    return save_checkpoint(folder, {"weight": torch.full((2,), float(epoch))}, {"epoch": epoch}, **more)
 
 
 def epoch_of(folder):
-    "The epoch of the checkpoint in a folder; tensors and state must be of the same one."
-    tensors, state = load_checkpoint(folder)
+    "The epoch of the checkpoint that is found in a folder; tensors and state must be of the same one."
+    tensors, state = read_checkpoint(newest_whole(folder))
     assert torch.equal(tensors["weight"], torch.full((2,), float(state["epoch"])))
     return state["epoch"]
 
@@ -70,51 +72,53 @@ def clean_start(folder):
     save_epoch(folder, 1)
 
 
-def between_the_renames(folder):
-    save_epoch(folder, 1)
-    shutil.copytree(folder, folder.with_name("last.new"))
-    folder.rename(folder.with_name("last.old"))
-
-
 def half_a_new_one(folder):
     save_epoch(folder, 1)
-    folder.with_name("last.new").mkdir()
-    (folder.with_name("last.new") / "state.json").write_text("{")
+    (folder / "epoch-00002.new").mkdir()
+    (folder / "epoch-00002.new" / "state.json").write_text("{")
 
 
-def before_the_old_one_went(folder):
+def the_same_epoch_before(folder):
     save_epoch(folder, 1)
-    shutil.copytree(folder, folder.with_name("last.old"))
+    save_epoch(folder, 2)
 
 
-@pytest.mark.parametrize("start", [clean_start, between_the_renames, half_a_new_one, before_the_old_one_went])
+@pytest.mark.parametrize("start", [clean_start, half_a_new_one, the_same_epoch_before])
 def test_a_kill_leaves_the_old_one_or_the_new_one(monkeypatch, tmp_path, start):
     found = []
     for n in range(1, 100):
-        folder = tmp_path / str(n) / "last"
+        folder = tmp_path / str(n)
         start(folder)
         killed = kill_at(monkeypatch, n, lambda folder=folder: save_epoch(folder, 2))
         found.append(epoch_of(folder))
-        save_epoch(folder, 3)  # and the run that comes back can save
-        assert epoch_of(folder) == 3 and [p.name for p in folder.parent.iterdir()] == ["last"]
+        save_epoch(folder, 3, keep=1)  # and the run that comes back can save
+        assert epoch_of(folder) == 3 and [p.name for p in folder.iterdir()] == ["epoch-00003"]
         if not killed:
             break
-    assert n > 8 and found[0] == 1 and found[-1] == 2 and found == sorted(found)
+    assert n > 8 and found[-1] == 2 and set(found) <= {1, 2}
+    if start is not the_same_epoch_before:
+        assert found[0] == 1 and found == sorted(found)
 
 
 def test_two_kills_in_a_row(monkeypatch, tmp_path):
-    "Every pair of deaths, of a save and of the save that follows it."
+    "Every pair of deaths, of a save and of the save that follows it, with a single checkpoint kept."
     pairs = 0
-    for first in range(1, 14):
-        for second in range(1, 15):
-            folder = tmp_path / f"{first}-{second}" / "last"
+    for first in range(1, 13):
+        for second in range(1, 14):
+            folder = tmp_path / f"{first}-{second}"
             save_epoch(folder, 1)
-            kill_at(monkeypatch, first, lambda folder=folder: save_epoch(folder, 2))
+            kill_at(monkeypatch, first, lambda folder=folder: save_epoch(folder, 2, keep=1))
             kept = epoch_of(folder)
-            kill_at(monkeypatch, second, lambda folder=folder: save_epoch(folder, 3))
+            kill_at(monkeypatch, second, lambda folder=folder: save_epoch(folder, 3, keep=1))
             assert epoch_of(folder) in (kept, 3)
             pairs += 1
-    assert pairs == 13 * 14
+    assert pairs == 12 * 13
+
+
+def test_the_newest_are_kept(tmp_path):
+    for epoch in (1, 3, 20, 100000):
+        save_epoch(tmp_path, epoch, keep=3)
+    assert [p.name for p in checkpoints(tmp_path)] == ["epoch-100000", "epoch-00020", "epoch-00003"]
 
 
 def test_round_trip_to_the_last_bit(tmp_path):
@@ -128,20 +132,29 @@ def test_round_trip_to_the_last_bit(tmp_path):
         "trained": base.clone().requires_grad_(),
     }
     state = {"epoch": 2, "seconds": 1 / 3, "name": "σ", "none": None, "list": [1, 2.5]}
-    save_checkpoint(tmp_path / "deep" / "last", tensors, state)
-    loaded, same = load_checkpoint(str(tmp_path / "deep" / "last"))
+    path = save_checkpoint(tmp_path / "deep" / "run", tensors, state, also=lambda p: (p / "more").write_text("x"))
+    assert path == newest_whole(tmp_path / "deep" / "run")
+    loaded, same = read_checkpoint(path)
     assert same == state and set(loaded) == set(tensors)
     for key, value in tensors.items():
         torch.testing.assert_close(loaded[key], value.detach(), rtol=0, atol=0, equal_nan=True)
-    files = {p.name for p in (tmp_path / "deep" / "last").iterdir()}
-    assert files == {"state.safetensors", "state.json"}  # nothing pickles
+    assert {p.name for p in path.iterdir()} == {"state.safetensors", "state.json", "more", "SHA256SUMS"}
+
+
+def test_sha256sum_agrees(tmp_path):
+    path = save_epoch(tmp_path, 1, also=lambda p: (p / "lora").mkdir() or (p / "lora" / "w").write_bytes(b"123"))
+    tool = shutil.which("sha256sum")
+    if tool is None:
+        pytest.skip("there is no sha256sum here")
+    check = subprocess.run([tool, "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True)
+    assert check.returncode == 0 and check.stdout.count(": OK") == 3
 
 
 def test_what_cannot_be_saved_leaves_the_old_one(tmp_path):
-    save_epoch(tmp_path / "last", 1)
+    save_epoch(tmp_path, 1)
     with pytest.raises(TypeError, match="JSON"):
-        save_checkpoint(tmp_path / "last", {"weight": torch.zeros(2)}, {"epoch": object()})
-    assert epoch_of(tmp_path / "last") == 1
+        save_checkpoint(tmp_path, {"weight": torch.zeros(2)}, {"epoch": 2, "odd": object()})
+    assert epoch_of(tmp_path) == 1 and [p.name for p in tmp_path.iterdir()] == ["epoch-00001"]
 
 
 def cut(path):
@@ -152,16 +165,45 @@ def garbage(path):
     path.write_bytes(b"\xff\xfe garbage")
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
-@pytest.mark.parametrize("change", [cut, garbage, Path.unlink])
-def test_damage_is_named(tmp_path, name, change):
-    save_epoch(tmp_path / "last", 1)
-    change(tmp_path / "last" / name)
-    with pytest.raises(ValueError, match=r"checkpoint .*last is damaged \(.*\); start the run anew") as caught:
-        load_checkpoint(tmp_path / "last")
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "SHA256SUMS", "lora.bin"])
+@pytest.mark.parametrize("change", [cut, garbage, flip, Path.unlink])
+def test_the_one_before_a_damaged_one_is_used_and_the_damage_named(tmp_path, name, change):
+    def more(path):
+        (path / "lora.bin").write_bytes(b"0123456789")
+
+    for epoch in (1, 2, 3):
+        save_epoch(tmp_path, epoch, keep=3, also=more)
+    for epoch in (2, 3):
+        change(tmp_path / f"epoch-{epoch:05d}" / name)
+    says = r"epoch-0000[23] is damaged \(.*\) and was set aside; .* epoch-00001"
+    with pytest.warns(UserWarning, match=says) as caught:
+        assert epoch_of(tmp_path) == 1
+    assert len(caught) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-00001", "epoch-00002.damaged", "epoch-00003.damaged"]
+    save_epoch(tmp_path, 2)  # the run comes by again
+    assert epoch_of(tmp_path) == 2
+
+
+def test_nothing_whole_is_an_error_and_nothing_at_all_is_a_beginning(tmp_path):
+    assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "nowhere") is None
+    for epoch in (1, 2):
+        flip(save_epoch(tmp_path, epoch) / "state.json")
+    with pytest.raises(ValueError, match="none is left that is whole: start the run anew") as caught:
+        newest_whole(tmp_path)
     assert "\n" not in str(caught.value)
+    assert len(checkpoints(tmp_path)) == 2  # nobody touched them
 
 
-def test_no_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint in .*nowhere; start the run anew"):
-        load_checkpoint(tmp_path / "nowhere")
+def test_text_is_replaced_whole(monkeypatch, tmp_path):
+    path = tmp_path / "log"
+    replace_text(path, "old")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        replace_text(path, "new")
+    assert path.read_text() == "old"

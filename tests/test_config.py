@@ -200,7 +200,8 @@ def test_help_explains_every_option(monkeypatch, capsys):
         parse_config(["--help"])
     text, explained = capsys.readouterr().out, explanations()
     assert end.value.code == 0 and set(options()) <= set(explained)
-    assert text.startswith("usage: python -m vgpo.train [--recipe NAME|FILE.yaml] [--OPTION VALUE ...]\n")
+    usage = "usage: python -m vgpo.train [--plan | --resume RUN] [--recipe NAME|FILE.yaml] [--OPTION VALUE ...]\n"
+    assert text.startswith(usage)
     for option in options():
         (entry,) = re.findall(rf"^  --{re.escape(option)} (.*?)(?=^  -|^$|\Z)", text, re.M | re.S)
         assert explained[option] in entry and "default: " in entry

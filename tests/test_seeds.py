@@ -15,7 +15,8 @@ def result(after):
 def test_finished_runs_are_kept_begun_ones_resumed_and_others_started(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny-ocr-0").mkdir()
     (tmp_path / "tiny-ocr-0" / "results.json").write_text(json.dumps(result(0.6)))
-    (tmp_path / "tiny-ocr-1" / "checkpoints" / "last").mkdir(parents=True)
+    (tmp_path / "tiny-ocr-1").mkdir()
+    (tmp_path / "tiny-ocr-1" / "config.yaml").touch()
     calls = []
 
     def train(command, check):
@@ -34,5 +35,5 @@ def test_finished_runs_are_kept_begun_ones_resumed_and_others_started(tmp_path, 
 
 def test_a_folder_without_checkpoint_is_an_error_of_one_line(tmp_path):
     (tmp_path / "tiny-geneval-0").mkdir()
-    with pytest.raises(SystemExit, match="tiny-geneval-0 has neither results nor a checkpoint; remove it"):
+    with pytest.raises(SystemExit, match="tiny-geneval-0 is no run; remove it"):
         seeds.main(["--seeds", "0", "--output", str(tmp_path)])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import vgpo.train as program
 from vgpo.advantages import group_relative, value_anchored
+from vgpo.checkpoint import newest_whole
 from vgpo.config import AdvantageConfig, parse_config
 from vgpo.rewards.base import RewardError
 from vgpo.rollout import replay
@@ -55,7 +56,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(options):
 
 def test_a_wrong_ratio_stops_the_run(options, monkeypatch):
     run = make_run(options)
-    batches = sample(run)
+    batches = list(sample(run))
     for batch in batches:
         batch.path.log_probs += 1e-6
         batch.advantages = torch.ones(len(batch.rows), 4)
@@ -114,7 +115,7 @@ def launch(arguments, tmp_path):
     return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_ends_like_an_unbroken_one(options, tmp_path, how):
     options = [*options, "--epochs=6", "--evaluation.images=6"]
     whole = launch([*options, "--name=whole"], tmp_path)
@@ -126,13 +127,13 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(options, tmp_path, how):
         time.sleep(0.01)
     broken.send_signal(how)
     message = broken.communicate()[0].decode()
-    assert broken.returncode != 0
+    assert broken.returncode == (-signal.SIGKILL if how == signal.SIGKILL else program.RESUMABLE)
     assert len(log.read_text().splitlines()) < 6
-    if how == signal.SIGINT:
+    if how != signal.SIGKILL:
         assert "--resume" in message.splitlines()[-1]
     resumed = launch(["--resume", str(tmp_path / "broken")], tmp_path)
     assert resumed.wait() == 0, resumed.stdout.read().decode()
-    for name in ("lora/pytorch_lora_weights.safetensors", "checkpoints/last/state.safetensors"):
+    for name in ("lora/pytorch_lora_weights.safetensors", "checkpoints/epoch-00006/state.safetensors"):
         one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "broken" / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -146,7 +147,7 @@ def test_restore_brings_everything_back(options):
     run.epoch = 1
     checkpoint(run)
     again = Run(run.config, run.folder)
-    restore(again)
+    restore(again, newest_whole(again.folder / "checkpoints"))
     assert torch.equal(weights(run), weights(again))
     assert again.epoch == 1 and again.updates == run.config.optim.updates
     run.epoch = again.epoch
@@ -185,7 +186,7 @@ def test_a_failing_reward_keeps_what_was_learned(options, name, message, every):
     with pytest.raises(RewardError, match=message):
         train(run)
     again = Run(run.config, run.folder)
-    restore(again)
+    restore(again, newest_whole(again.folder / "checkpoints"))
     assert again.epoch == 1 and torch.equal(weights(again), learned)
     again.reward = good
     train(again)
@@ -233,6 +234,39 @@ def test_the_program_leaves_a_complete_run(options, tmp_path):
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"reward", "group_std", "zero_std", "ratio_dev", "clip_frac", "grad_norm", "heldout_score"} <= row.keys()
     assert parse_config(["--recipe", str(run / "config.yaml")]).epochs == 2
+
+
+def test_guards_end_a_run_and_the_report_says_why(options, tmp_path):
+    guards = ["--guard.kl_budget=1e-15", "--guard.quality=tiny_rewards:power", "--evaluation.every=1"]
+    main([*options, *guards, "--name=guarded"])
+    run = tmp_path / "guarded"
+    assert "the run ended after 1 of 4 epochs: the KL to the model before training is" in (run / "report.md").read_text()
+    results = json.loads((run / "results.json").read_text())
+    assert results["epochs"] == 1 and 0 <= results["after"]["quality"] <= 1
+    row = json.loads((run / "metrics.jsonl").read_text())
+    assert row["kl"] > 0 and row["heldout_quality_change"] == 0  # before its first update nothing has changed
+    assert "tiny_rewards:power" in (run / "versions.json").read_text()
+    main(["--resume", str(run), "--guard.kl_budget=0"])
+    results = json.loads((run / "results.json").read_text())
+    assert results["epochs"] == 4 and not any("ended after" in text for text in results["warnings"])
+
+
+def test_scoring_in_a_thread_changes_nothing(options):
+    def trained(*more):
+        run = make_run(options, *more)
+        metrics = train_epoch(run)
+        return weights(run), metrics["reward_by_step"]
+
+    (plain, rewards), (overlapped, same) = trained(), trained("--reward.overlap=true")
+    assert torch.equal(plain, overlapped) and rewards == same
+
+
+@pytest.mark.parametrize("overlap", ["true", "false"])
+def test_a_failing_reward_is_noticed_in_a_thread_too(options, overlap):
+    run = make_run(options, f"--reward.overlap={overlap}")
+    run.reward = program_reward("broken")
+    with pytest.raises(RewardError, match="the judge is out"):
+        train_epoch(run)
 
 
 def test_credit_is_grpo_or_vgpo():

@@ -29,10 +29,10 @@ def seeds_table(results):
 def command(recipe, seed, folder, more=()):
     """What `vgpo.train` is called with for one seed: a new run in `folder`, or the rest of the one begun there.
 
-    Raises ValueError if the folder has neither results nor a checkpoint to go on from.
+    Raises ValueError if the folder is not a run.
     """
-    if (folder / "checkpoints" / "last").is_dir(): return ["--resume", str(folder)]
-    if folder.exists(): raise ValueError(f"{folder} has neither results nor a checkpoint; remove it and call again")
+    if (folder / "config.yaml").is_file(): return ["--resume", str(folder)]
+    if folder.exists(): raise ValueError(f"{folder} is no run; remove it and call again")
     return ["--recipe", recipe, f"--seed={seed}", f"--output={folder.parent}", f"--name={folder.name}", *more]
 
 
