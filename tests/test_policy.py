@@ -6,13 +6,29 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from tiny_pipelines import tiny_sd3
 from torch.testing import assert_close
 
 from vgpo.config import parse_config
 from vgpo.evaluate import generate_images, load_run
 from vgpo.flow import ode_sample
-from vgpo.policy import Condition, EmbeddingCache, Geometry, SD3Policy, join, latent_side, load_pipeline, load_policy
+from vgpo.policy import (
+    Condition,
+    EmbeddingCache,
+    Geometry,
+    SD3Policy,
+    join,
+    latent_side,
+    load_pipeline,
+    load_policy,
+    loading,
+)
 from vgpo.rollout import replay, rollout
 from vgpo.run import averaged, evaluate_before, needed_prompts, start
 from vgpo.sde import FlowSDE
@@ -21,6 +37,7 @@ from vgpo.world.pretrain import make_autoencoder
 
 PROMPTS = ["a photo of two red circles", 'a blue sign that says "CAT"']
 SIGMA = torch.tensor(0.7)
+STEPS = 6  # of whole pictures
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +53,7 @@ def noise():
     return torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def draw(policy, noise, guidance_scale=1.0, steps=20):
+def draw(policy, noise, guidance_scale=1.0, steps=STEPS):
     condition = policy.encode(PROMPTS)
     with torch.no_grad():
         return ode_sample(
@@ -48,7 +65,7 @@ def draw_plain(pipe, noise, guidance_scale=1.0, **options):
     return pipe(
         PROMPTS,
         latents=noise,
-        num_inference_steps=20,
+        num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
         max_sequence_length=0,
         **options,
@@ -122,6 +139,9 @@ def test_texts_of_different_lengths_are_padded_at_the_end():
     both = join([short, long])
     assert both.text.sum((1, 2)).tolist() == [4, 8] and both.mask.tolist() == [[True, True, False, False], [True] * 4]
     assert not both.text[0, 2:].any() and join([short, short]).text.shape == (2, 2, 2)
+    assert join([long, long]).mask is None and join([short]).mask is None  # which nobody needs
+    already = Condition(torch.ones(1, 4, 2), mask=torch.tensor([[True, True, True, False]]))
+    assert torch.equal(join([already, long]).mask, torch.cat([already.mask, long.mask]))
     with pytest.raises(ValueError, match="texts of different lengths need a mask"):
         join([Condition(torch.ones(1, 2, 2)), long])
 
@@ -254,6 +274,46 @@ def test_resolutions(tiny_folder):
     assert latent_side(unbounded, 8) == 128 and latent_side(unbounded, 8, 4096) == 512
     with pytest.raises(ValueError, match="model.resolution is 0; .* multiple of 16 from 16"):
         latent_side(unbounded, 8, 0)
+
+
+def refused(kind, status):
+    "An error of the hub's client, as for an answer with that status."
+    from httpx import Request, Response
+
+    return kind("no access", response=Response(status, request=Request("GET", "https://huggingface.co")))
+
+
+HUB_ERRORS = {
+    "gated": (refused(GatedRepoError, 403), "gated: accept its licence at https://huggingface.co/some/model, .*login"),
+    "unknown": (refused(RepositoryNotFoundError, 401), "no such model, or it is private: check the name some/model"),
+    "not cached": (LocalEntryNotFoundError("not on the disk"), "not in the cache here, and the hub is out of reach"),
+    "offline": (OfflineModeIsEnabled("offline"), "check the network and HF_HUB_OFFLINE"),
+}
+
+
+@pytest.mark.parametrize("error", HUB_ERRORS)
+def test_errors_of_the_hub_say_what_to_do(tiny_folder, monkeypatch, error):
+    raised, message = HUB_ERRORS[error]
+
+    def download(*_, **options):
+        raise raised
+
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", download)
+    for load, option in (
+        (lambda: load_policy("some/model"), "model.path"),
+        (lambda: load_policy(tiny_folder, draft_decoder="some/model"), "model.draft_decoder"),
+    ):
+        with pytest.raises(OSError, match=f"^cannot load the pipeline some/model, check {option}: .*{message}") as e:
+            load()
+        assert "\n" not in str(e.value) and "model_index.json" not in str(e.value)
+
+
+def test_hub_hints_are_for_errors_of_the_hub(tiny_folder, monkeypatch):
+    with pytest.raises(OSError, match="check model.path: the disk is on fire"), loading("some/model"):
+        raise OSError("the disk\nis on fire")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the real client, told not to ask anybody
+    with pytest.raises(OSError, match="some/model, check model.path: it is not in the cache here"):
+        load_policy("some/model")
 
 
 def test_what_is_no_pipeline(tiny_folder, tmp_path):
@@ -432,6 +492,7 @@ def test_drafts_before_the_last_step(tiny_folder, policy, tmp_path):
     torch.manual_seed(1)
     make_autoencoder().save_pretrained(tmp_path)
     drafting = load_policy(tiny_folder, draft_decoder=tmp_path)
+    assert not any(p.requires_grad for p in drafting.draft.parameters()) and not drafting.draft.training
     clean = torch.randn(2, 3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     full, mixed = (p.decode_steps(clean, 4).reshape(2, 3, 32, 32, 3) for p in (policy, drafting))
     assert np.array_equal(full.reshape(-1, 32, 32, 3), policy.decode(clean.flatten(0, 1)))
@@ -488,14 +549,21 @@ def test_numbers_of_tokens(tiny_folder):
 
 
 SMALL = [
-    *("--sampling.groups=2", "--sampling.group_size=4", "--sampling.steps=4", "--sampling.sde_steps=3"),
-    *("--values.reward_steps=4", "--sampling.batch_size=4", "--evaluation.images=4", "--evaluation.steps=2"),
+    *("--sampling.groups=2", "--sampling.group_size=2", "--sampling.steps=3", "--sampling.sde_steps=2"),
+    *("--values.reward_steps=3", "--sampling.batch_size=2", "--evaluation.images=2", "--evaluation.steps=2"),
     *("--reward.name=tiny_rewards:brightness", "--samples_every=100", "--optim.lr=1e-3", "--optim.updates=2"),
     *("--epochs=1", "--checkpoint_every=1", "--sampling.guidance_scale=2", "--optim.guidance_scale=2"),
 ]
 
 
-def test_memory_options_do_not_change_a_run(tiny_folder, tmp_path):
+@pytest.fixture
+def no_figures(monkeypatch):
+    "Runs without their figures, which take longer than these runs."
+    for name in ("save_samples", "write_report"):
+        monkeypatch.setattr(f"vgpo.train.{name}", lambda *_: None)
+
+
+def test_memory_options_do_not_change_a_run(tiny_folder, tmp_path, no_figures):
     options = [*SMALL, f"--model.path={tiny_folder}", f"--output={tmp_path}"]
     saving = [*options, "--model.free_text_encoders=true", f"--model.embedding_cache={tmp_path / 'cache'}"]
     measured = []
@@ -508,12 +576,12 @@ def test_memory_options_do_not_change_a_run(tiny_folder, tmp_path):
     assert len(files) == len(needed_prompts(run.config, run.rows, run.test))
 
 
-def test_a_run_of_all_weights(tiny_folder, tmp_path):
+def test_a_run_of_all_weights(tiny_folder, tmp_path, no_figures):
     options = [*SMALL, f"--model.path={tiny_folder}", f"--output={tmp_path}", "--model.lora_rank=0"]
     run = start(options)
-    before = evaluate_before(run)
+    run.before = evaluate_before(run)
     train(run)
-    finish(run, before)
+    finish(run)
     assert (run.folder / "transformer").is_dir() and not (run.folder / "lora").exists()
     policy, _ = load_run(run.folder)
     with averaged(run):
@@ -522,8 +590,9 @@ def test_a_run_of_all_weights(tiny_folder, tmp_path):
     assert not policy.parameters() and any(
         not torch.equal(a, b) for a, b in zip(trained, run.policy.before, strict=True)
     )
+    run.lock.release()
     resumed = start(["--resume", str(run.folder)])
-    assert np.array_equal(evaluate_before(resumed).images, before.images)
+    assert np.array_equal(evaluate_before(resumed).images, run.before.images)
     with pytest.raises(ValueError, match="optim.kl_weight is 0.1; with model.lora_rank 0 it must be 0"):
         parse_config([*options, "--optim.kl_weight=0.1"])
 

@@ -83,7 +83,7 @@ class RewardConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """keyword arguments of the reward"""
     parts: dict[str, float] = field(default_factory=dict)
-    """several rewards by name, with their weights, in place of `name`; only the weights' proportions matter"""
+    """several rewards and the proportions of their weights, in place of `name`; `remote@a` and `remote@b` are two"""
     part_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """keyword arguments of the parts, by name"""
     timeout: float = 600.0
@@ -337,6 +337,8 @@ def check_config(config):
         (config.model.lora_rank or not config.optim.kl_weight,
          f"optim.kl_weight is {config.optim.kl_weight}; with model.lora_rank 0 it must be 0, or train adapters"),
         *guard_rules(config),
+        (config.model.shard == "none" or config.model.dtype != "float16",
+         f"model.shard is {config.model.shard}; it works with bfloat16 and float32: change model.dtype, or set it to none"),
         (all(within(beta, "[0, 1)") for beta in config.optim.betas),
          f"optim.betas is {config.optim.betas}; both must lie in [0, 1)"),
         (Path(config.name).name == config.name not in ("", ".."),

@@ -33,7 +33,7 @@ def generate_images(policy, prompts, noise, steps=20, guidance_scale=1.0, batch_
     """
     if len(prompts) != len(noise): raise ValueError(f"{len(prompts)} prompts but {len(noise)} noises: give one a prompt")
     policy.prepare(prompts)
-    sigmas, images = policy.sigmas(steps), []
+    sigmas, images = policy.sigmas(steps).to(policy.device), []
     for i in trange(0, len(prompts), batch_size, desc=progress, disable=progress is None or None, leave=False):
         if proceed: proceed()
         condition = policy.encode(prompts[i : i + batch_size])

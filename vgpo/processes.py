@@ -8,6 +8,7 @@ __all__ = ['meet', 'Stop', 'together', 'dealt', 'in_order', 'joined', 'exchanged
 # %% ../nbs/22_processes.ipynb #c003
 import math
 import os
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -25,8 +26,9 @@ def meet(reward_timeout, **options):
     Raises ValueError if a launcher has started more processes than are found.
     """
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=reward_timeout + 1800))
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate has no other name yet
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[
-        patience, DistributedDataParallelKwargs(broadcast_buffers=False)], **options)
+        patience, DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)], **options)
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise ValueError(f"WORLD_SIZE is {started}, but this process found {accelerator.num_processes} and would train "

@@ -62,14 +62,18 @@ def take_step(x, velocity, sigmas, j, sampler, noisy, noise):
     """Next states (B, …), log-probabilities (B,) and means (B, …) of step j from states x (B, …).
 
     Rows where `noisy` (B,) holds take the sampler's step with `noise` (B, …). The others take Euler's step of the ODE,
-    whose log-probability counts as 0 and whose mean is the next state.
+    whose log-probability counts as 0 and whose mean is the next state. `noisy` is on the CPU: asking a GPU whether any
+    row is noisy would be to wait for it.
     """
     euler = x + (sigmas[j + 1] - sigmas[j]) * velocity
     if not noisy.any(): return euler, x.new_zeros(len(x)), euler
     step = sampler.transition(x, velocity, sigmas[j], sigmas[j + 1], sigmas[1])
-    x_next, rows = step.sample(noise), noisy.reshape(-1, *[1] * (x.ndim - 1))
-    log_prob = torch.where(noisy & (step.std > 0).flatten(), step.log_prob(x_next), 0.0)
-    return torch.where(rows, x_next, euler), log_prob, torch.where(rows, step.mean, euler)
+    x_next = step.sample(noise)
+    log_prob = torch.where((step.std > 0).flatten(), step.log_prob(x_next), 0.0)
+    if noisy.all(): return x_next, log_prob, step.mean
+    noisy = noisy.to(x.device, non_blocking=True)
+    rows = noisy.reshape(-1, *[1] * (x.ndim - 1))
+    return torch.where(rows, x_next, euler), torch.where(noisy, log_prob, 0.0), torch.where(rows, step.mean, euler)
 
 # %% ../nbs/04_rollout.ipynb #c013
 @torch.no_grad()
@@ -84,7 +88,7 @@ def rollout(velocity_fn, noise, sigmas, sampler, step_noise=None, group=None, ge
     Raises ValueError where shapes do not fit.
     """
     check_rollout(noise, sigmas, step_noise, group)
-    noisy = noisy_steps(sde_steps, len(noise), len(sigmas) - 1).to(noise.device)
+    noisy = noisy_steps(sde_steps, len(noise), len(sigmas) - 1).cpu()
     x, latents, log_probs, clean, means = noise, [noise], [], [], []
     for j in range(len(sigmas) - 1):
         velocity = velocity_fn(x, sigmas[j])

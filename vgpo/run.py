@@ -32,6 +32,7 @@ from .prompts import check_rows, epoch_prompts, load_prompts
 from .resume import change_lines, check_changes, lock_run, recipe_changes, resumed_config
 from .rewards.base import configured_reward, make_reward, score
 from .sde import DanceSDE, FlowCPS, FlowSDE
+from .shard import share, whole
 
 # %% ../nbs/23_run.ipynb #c005
 def make_trainable(policy, model, seed):
@@ -66,17 +67,19 @@ class Run:
         self.accelerator = meet(config.reward.timeout, log_with="tensorboard", project_dir=folder)
         self.shares = config_batches(config, self.accelerator.num_processes)  # or an error, before anything is loaded
         self.device = self.accelerator.device
-        self.policy = make_policy(config.model, self.device)
+        rows, test = load_prompts(config.prompts.train, "train"), load_prompts(
+            config.prompts.test, "test", config.evaluation.images)  # small files first: who lacks one should not wait
+        if config.sampling.groups > len(rows):
+            raise ValueError(f"sampling.groups is {config.sampling.groups}, but there are {len(rows)} training prompts")
         self.reward = configured_reward(config.reward)
-        self.rows = check_rows(load_prompts(config.prompts.train, "train"), self.reward)
-        if config.sampling.groups > len(self.rows):
-            raise ValueError(
-                f"sampling.groups is {config.sampling.groups}, but there are {len(self.rows)} training prompts")
-        self.test = check_rows(load_prompts(config.prompts.test, "test", config.evaluation.images), self.reward)
+        self.rows, self.test = check_rows(rows, self.reward), check_rows(test, self.reward)
         self.quality = make_quality(config.guard, self.test)
+        self.policy = make_policy(config.model, self.device)
         if config.model.free_text_encoders: self.policy.prepare(needed_prompts(config, self.rows, self.test))
         make_trainable(self.policy, config.model, config.seed)
-        self.policy.network = self.accelerator.prepare(self.policy.network)
+        if config.model.shard == "none" or self.accelerator.num_processes == 1:
+            self.policy.network = self.accelerator.prepare(self.policy.network)
+        else: self.policy.shard(config.model.shard)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay)
@@ -147,16 +150,16 @@ def evaluate_run(run):
 def named(run):
     "The trained parameters by name, in the order of `policy.parameters()`."
     network = run.accelerator.unwrap_model(run.policy.network)
-    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+    return dict(zip((name for name, p in network.named_parameters() if p.requires_grad), run.policy.parameters()))
 
 # %% ../nbs/23_run.ipynb #c014
 def state_tensors(run):
-    "All tensors that the run depends on, by name: weights, their average, and the optimizer's moments."
+    "All tensors that the run depends on, by name, in the first process: weights, their average, the optimizer's moments."
     tensors = {}
     for (name, p), average in zip(named(run).items(), run.ema.shadow_params):
-        tensors |= {f"weight.{name}": p, f"average.{name}": average}
-        tensors |= {f"{key}.{name}": run.optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step")
-                    if p in run.optimizer.state}
+        for key, tensor in {"weight": p, "average": average, **run.optimizer.state.get(p, {})}.items():
+            tensor = whole(tensor)  # which takes every process
+            if run.accelerator.is_main_process: tensors[f"{key}.{name}"] = tensor.detach().cpu()
     return tensors
 
 
@@ -166,13 +169,15 @@ COUNTERS = ("epoch", "updates", "skipped_in_row", "skipped", "trained_s")
 def checkpoint(run):
     "Save all that the run depends on, unless it is saved already."
     if run.saved == run.epoch: return
-    def lora(path):
-        if run.config.model.lora_rank:
-            with averaged(run): run.policy.save(path / "lora")
+    folder, main = run.folder / "checkpoints", run.accelerator.is_main_process
     tensors, state = state_tensors(run), {key: getattr(run, key) for key in COUNTERS}
     state |= {"ema_steps": run.ema.optimization_step, "recipe": asdict(run.config)}
-    if run.accelerator.is_main_process:
-        save_checkpoint(run.folder / "checkpoints", tensors, state, run.config.keep_checkpoints, lora)
+    if run.config.model.lora_rank:
+        with averaged(run): run.policy.save(folder / "lora.part", write=main)
+    def lora(path):
+        if run.config.model.lora_rank: (folder / "lora.part").rename(path / "lora")
+    if main: save_checkpoint(folder, tensors, state, run.config.keep_checkpoints, lora)
+    run.accelerator.wait_for_everyone()  # a launcher ends all when one has left, and the first must not be writing then
     run.saved = run.epoch
 
 
@@ -180,12 +185,11 @@ def restore(run, path):
     "Go back to the checkpoint at `path`; what was logged after it is dropped, as it will be logged again."
     tensors, state = read_checkpoint(path)
     for i, (name, p) in enumerate(named(run).items()):
-        p.data.copy_(tensors[f"weight.{name}"])
-        run.ema.shadow_params[i].copy_(tensors[f"average.{name}"])
+        p.data.copy_(share(tensors[f"weight.{name}"], p))
+        run.ema.shadow_params[i].copy_(share(tensors[f"average.{name}"], p))
         if f"step.{name}" in tensors:
-            run.optimizer.state[p] = {
-                key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else p.device)
-                for key in ("exp_avg", "exp_avg_sq", "step")}
+            run.optimizer.state[p] = {"step": tensors[f"step.{name}"]} | {
+                key: share(tensors[f"{key}.{name}"], p) for key in ("exp_avg", "exp_avg_sq")}
     for key in COUNTERS: setattr(run, key, state[key])
     run.ema.optimization_step, run.saved = state["ema_steps"], run.epoch
     if run.accelerator.is_main_process: cut_log(run)
@@ -279,9 +283,10 @@ def start_again(argv):
     a = meet(config.reward.timeout)
     lock = lock_run(folder) if a.is_main_process else None
     path = told(a, lambda: (p := newest_whole(folder / "checkpoints")) and str(p))
-    before = json.loads((Path(path) / "state.json").read_text())["recipe"] if path else asdict(config)
-    changes = recipe_changes(before, asdict(config))
+    state = json.loads((Path(path) / "state.json").read_text()) if path else {"recipe": asdict(config), "epoch": 0}
+    changes, done = recipe_changes(state["recipe"], asdict(config)), state["epoch"]
     check_changes(changes, config.optim.decay)
+    if config.epochs < done: raise ValueError(f"{folder} has {done} epochs already; give --epochs {done} or more")
     run = Run(config, folder)
     run.lock = lock
     if path: restore(run, Path(path))

@@ -45,6 +45,7 @@ from vgpo.run import (
     start,
     told,
 )
+from .shard import whole
 from .values import discounted_values
 from .variants import KLS, RATIOS, decoupled_credit, draw_window, variant_metrics, window_mask
 
@@ -93,7 +94,7 @@ def roll(run, update, pairs):
     path = rollout(lambda x, sigma: run.policy.velocity(x, sigma, condition, c.guidance_scale), noise[:, 0], run.sigmas,
                    run.sampler, noise[:, 1:], group, sde_steps=window_mask(start, c.sde_steps, len(pairs), c.steps),
                    keep_means=run.config.optim.ratio == "guard")
-    return Batch(update, rows, condition, path, start)
+    return Batch(update, rows, condition, path, start if isinstance(start, int) else start.to(run.device))
 
 # %% ../nbs/24_train.ipynb #c013
 def scored_columns(steps, count):
@@ -187,7 +188,7 @@ def update(run, batches):
         table = torch.stack([torch.stack(list(t.values())) for t in terms]).mean(0)
         means = dict(zip(terms[0], run.accelerator.reduce(table, "mean").tolist()))  # over all processes
         check_ratio(run, means["ratio_dev"])
-        norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), c.max_grad_norm).item()
+        norm = whole(run.accelerator.clip_grad_norm_(run.policy.parameters(), c.max_grad_norm)).item()
         apply_gradient(run, math.isfinite(norm) and math.isfinite(means["loss"]))
         stats.append(means | {"grad_norm": norm})
     return {key: float(np.mean([s[key] for s in stats])) for key in stats[0]}
@@ -289,8 +290,9 @@ def ended(run):
 def finish(run):
     "Evaluate, save what was trained for plain diffusers, and write the report."
     after = evaluate_run(run)
+    with averaged(run):
+        run.policy.save(weights_folder(run.folder, run.config.model), write=run.accelerator.is_main_process)
     if run.accelerator.is_main_process:
-        with averaged(run): run.policy.save(weights_folder(run.folder, run.config.model))
         metrics = logged(run)
         final = {"epoch": run.epoch} | heldout_metrics(after.summary, after.change_from(run.before))
         warnings = report_warnings([*metrics, final], run.config.guard)
@@ -305,9 +307,10 @@ RESUMABLE = 75  # the exit code of a run that was stopped and can go on
 
 @contextmanager
 def stoppable(run):
-    "Within this context SIGINT and SIGTERM ask the run to stop; the second one ends the program at once."
-    def stop(*_):
-        if run.stopping: raise KeyboardInterrupt
+    "Within this context SIGINT and SIGTERM ask the run to stop; a SIGINT thereafter ends the program at once."
+    def stop(number, _):
+        if run.stopping and number == signal.SIGINT: raise KeyboardInterrupt
+        if run.stopping: return
         run.stopping = True
         if run.accelerator.is_main_process:
             tqdm.write("stopping: the epoch's samples are dropped, a checkpoint is written (Ctrl-C again to abort)")
