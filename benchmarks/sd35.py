@@ -14,7 +14,6 @@ measurement stands what `python -m vgpo.train --plan` says.
 import json
 import sys
 import tempfile
-import time
 from argparse import ArgumentParser
 from contextlib import contextmanager
 from importlib import import_module
@@ -26,23 +25,15 @@ import torch
 
 import vgpo.run
 import vgpo.train
+from vgpo.bench import PHASES, now
 from vgpo.config import parse_config
 from vgpo.plan import blank_condition, make_part, make_pipeline, make_plan, read_configs
 from vgpo.policy import POLICIES, quiet
-
-PHASES = ("sample", "decode", "score", "update")
 
 
 def brightness(images, prompts, metadata):
     "A judge that costs nothing."
     return images.reshape(len(images), -1).mean(1) / 255
-
-
-def now(device):
-    "Seconds, read when the device has done all it was given."
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def peak_bytes(device):
@@ -51,16 +42,13 @@ def peak_bytes(device):
 
 
 @contextmanager
-def exact_clock(run, phase):
-    "The trainer's clock, read when the device is done, with the phase's peak memory besides."
-    started = now(run.device)
+def peak_clock(run, phase):
+    "The trainer's clock, with the phase's peak memory besides."
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    try:
+    with vgpo.run.clock(run, phase):
         yield
-    finally:
-        run.seconds[phase] = run.seconds.get(phase, 0.0) + now(run.device) - started
-        run.peaks[phase] = max(run.peaks.get(phase, 0), peak_bytes(run.device))
+    run.peaks[phase] = max(run.peaks.get(phase, 0), peak_bytes(run.device))
 
 
 def random_policy(model, device="cpu"):
@@ -87,8 +75,7 @@ def random_policy(model, device="cpu"):
     if model.vae_tiling:
         pipe.vae.enable_tiling()
     if model.draft_decoder:
-        policy.draft = make_part(read_configs(model.draft_decoder)["vae"], dtype, device)
-        policy.draft.requires_grad_(False).eval()
+        policy.add_draft(make_part(read_configs(model.draft_decoder)["vae"], dtype, device))
     return policy
 
 
@@ -110,7 +97,7 @@ def measure(config, epochs):
         (Path(folder) / "samples").mkdir()
         run, rows = vgpo.run.Run(config, folder), []
         run.peaks = {}
-        with patch.object(vgpo.train, "clock", exact_clock):
+        with patch.object(vgpo.train, "clock", peak_clock):
             for _ in range(epochs + 1):
                 started = now(run.device)
                 vgpo.train.train_epoch(run)
