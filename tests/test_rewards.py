@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from vgpo.rewards.base import REWARDS, FunctionReward, RewardError, Scores, make_reward, score
+from vgpo.config import RewardConfig
+from vgpo.rewards.base import REWARDS, FunctionReward, RewardError, Scores, configured_reward, make_reward, score
 from vgpo.world.scenes import all_scenes, render_scene
 
 IMAGES = np.zeros((3, 4, 4, 3), np.uint8)
@@ -139,3 +140,17 @@ def test_options_that_a_reward_does_not_have_are_named():
     with pytest.raises(ValueError, match="reward 'jpeg' cannot be made: .*unexpected keyword argument 'quallity'"):
         make_reward("jpeg", quallity=50)
     assert make_reward("vgpo.rewards.jpeg:JPEG", quality=50).version != make_reward("jpeg").version
+
+
+def test_two_rewards_of_one_kind_are_told_apart_by_a_label():
+    parts, options = {"jpeg@fine": 1, "jpeg@coarse": 3}, {"jpeg@coarse": {"quality": 10}}
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    judged = score(configured_reward(RewardConfig(parts=parts, part_options=options)), noise, PROMPTS, ROWS)
+    assert list(judged.parts) == list(parts)
+    for name, quality in (("jpeg@fine", 95), ("jpeg@coarse", 10)):
+        alone = score(make_reward("jpeg", quality=quality), noise, PROMPTS, ROWS)
+        assert torch.equal(judged.parts[name].raw, alone.raw)
+    with pytest.raises(ValueError, match="unknown reward 'jpg': known are"):
+        make_reward("jpg@fine")
+    with pytest.raises(ValueError, match="reward 'jpeg@fine' cannot be made: .*'quallity'"):
+        make_reward("jpeg@fine", quallity=50)

@@ -26,8 +26,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from starlette.exceptions import HTTPException
 
+from vgpo.config import RewardConfig
 from vgpo.rewards import http, server
-from vgpo.rewards.base import FunctionReward, RewardError, Scores, make_reward, score
+from vgpo.rewards.base import (
+    CombinedReward,
+    FunctionReward,
+    RewardError,
+    Scores,
+    configured_reward,
+    make_reward,
+    score,
+)
 from vgpo.rewards.http import CallError, image_base64
 from vgpo.rewards.ocr import OCR
 from vgpo.rewards.remote import RemoteReward
@@ -120,6 +129,33 @@ def test_scores_equal_local_ones_in_every_part(format, batch_size, concurrency):
         len(NOISE[i : i + batch_size]) for i in range(0, 5, batch_size)
     )
     assert len({thread for thread, _ in marks.calls}) == 1  # one worker, whoever asks
+
+
+def darkness(images, prompts, metadata):
+    return 1 - images.mean((1, 2, 3)) / 255
+
+
+@pytest.mark.parametrize("batch_size", [16, 2])
+def test_the_parts_of_a_reward_travel_too(batch_size):
+    both = CombinedReward({"marks": Marks(), "dark": FunctionReward(darkness)}, {"marks": 1, "dark": 3})
+    here = score(both, NOISE, PROMPTS, ROWS)
+    with running(make_app(both)) as url:
+        there = score(RemoteReward(url, batch_size=batch_size), NOISE, PROMPTS, ROWS)
+    assert torch.equal(there.scaled, here.scaled) and list(there.parts) == ["marks", "dark"]
+    for name, part in here.parts.items():
+        assert torch.equal(there.parts[name].raw, part.raw) and torch.equal(there.parts[name].scaled, part.scaled)
+    assert torch.equal(there.parts["marks"].strict, here.parts["marks"].strict) and there.parts["dark"].strict is None
+
+
+def test_a_run_may_ask_two_servers():
+    marks, dark = Marks(), FunctionReward(darkness)
+    with running(make_app(marks)) as one, running(make_app(dark)) as other:
+        options = {"remote@marks": {"url": one}, "remote@dark": {"url": other}}
+        reward = configured_reward(RewardConfig(parts={"remote@marks": 3, "remote@dark": 1}, part_options=options))
+        judged = score(reward, NOISE, PROMPTS, ROWS)
+    for name, local in (("remote@marks", marks), ("remote@dark", dark)):
+        assert torch.equal(judged.parts[name].scaled, score(local, NOISE, PROMPTS, ROWS).scaled)
+    assert reward.version == "remote@marks: marks 1; remote@dark: darkness"
 
 
 def test_a_real_server_process_answers_as_the_reward_does(monkeypatch):
@@ -520,6 +556,10 @@ TRUTH = {
         ({"reward": "s"}, "reward was 'r' and is now 's'"),
         ({"version": "2"}, "version was '1' and is now '2': scores of the two are not comparable"),
         ({"version": None}, "version was '1' and is now None"),
+        ({"parts": []}, "parts must be objects under the same names"),
+        ({"parts": {"a": [0.5, 0.5]}}, "parts must be objects"),
+        ({"parts": {"a": {"raw": [1.0]}}}, "raw must be a list of 2 int or float"),
+        ({"parts": {"a": {"raw": [1, 1], "scaled": [0.5, 7], "details": [{}, {}]}}}, "'a' .*the scaled score 7"),
     ],
 )
 def test_an_answer_that_is_none_is_an_error(change, message):
@@ -528,6 +568,20 @@ def test_an_answer_that_is_none_is_an_error(change, message):
         with pytest.raises(RewardError, match=message):
             score(RemoteReward(fake.url), NOISE[:2], PROMPTS[:2], ROWS[:2])
         assert len(fake.asked) == 2
+
+
+def test_answers_with_different_parts_are_an_error():
+    part = {"raw": [0.5], "scaled": [0.5], "strict": None, "details": [{}]}
+
+    def answer(request):
+        if request.path == "/health":
+            return {"reward": "r", "scale": "s", "version": "1"}
+        parts = {} if json.loads(request.body)["prompts"] == PROMPTS[:1] else {"a": part}
+        return part | {"reward": "r", "version": "1", "parts": parts}
+
+    with fake_server(answer) as fake:
+        with pytest.raises(RewardError, match="parts must be objects under the same names"):
+            score(RemoteReward(fake.url, batch_size=1), NOISE[:2], PROMPTS[:2], ROWS[:2])
 
 
 def test_a_true_answer_is_taken_and_what_is_no_reward_server_is_not(no_waiting):
@@ -598,11 +652,11 @@ def test_a_run_whose_server_is_killed_ends_like_an_unbroken_one(tiny_folder, tmp
     done = len(log.read_text().splitlines())
     assert killed_at + 2 <= done < 8
     assert "CallError" in message[-2] and "gave up after 4 attempts: is the server up?" in message[-2]
-    assert message[-1] == f"Go on from epoch {done} with: python -m vgpo.train --resume {tmp_path / 'broken'}"
+    assert message[-1] == f"go on from epoch {done} with: python -m vgpo.train --resume {tmp_path / 'broken'}"
 
     with running(make_app(make_reward(name)), port=port):
         train_main(["--resume", str(tmp_path / "broken")])
-    for file in ("lora/pytorch_lora_weights.safetensors", "checkpoints/last/state.safetensors"):
+    for file in ("lora/pytorch_lora_weights.safetensors", "checkpoints/epoch-00008/state.safetensors"):
         one, other = load_file(tmp_path / "whole" / file), load_file(tmp_path / "broken" / file)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     rewards = [[json.loads(x)["reward"] for x in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "broken")]

@@ -112,7 +112,7 @@ def parse_score(line, where):
     except (ValueError, KeyError, TypeError): pass
     raise ValueError(f"{where}: not a score; delete the line and run the same command again")
 
-
+# %% ../nbs/43_exam.ipynb #c016
 def read_scores(exam, name):
     """{item: line} of all that was scored by a reward so far, by whatever process.
 
@@ -135,7 +135,7 @@ def cut_off(path):
     content = path.read_bytes() if path.is_file() else b""
     if not content.endswith(b"\n") and content: write_whole(path, content[: content.rfind(b"\n") + 1])
 
-# %% ../nbs/43_exam.ipynb #c016
+# %% ../nbs/43_exam.ipynb #c017
 def score_lines(batch, scores):
     "A line for each item of a batch: raw, scaled and strict score, and what the reward says about it."
     strict = [None] * len(batch) if scores.strict is None else scores.strict.tolist()
@@ -144,7 +144,7 @@ def score_lines(batch, scores):
         line = {"prompt": i, "sample": k} | dict(zip(("raw", "scaled", "strict", "details"), columns))
         yield json.dumps(line, default=str) + "\n"
 
-
+# %% ../nbs/43_exam.ipynb #c018
 def judge(exam, name, make, timeout=None):
     """Score the images of this process that have no score by a reward yet; the reward is made only if there are any.
 
@@ -162,7 +162,7 @@ def judge(exam, name, make, timeout=None):
         with open(own, "a", encoding="utf-8") as file:
             file.write("".join(line for item, line in zip(batch, lines) if item not in done))
 
-# %% ../nbs/43_exam.ipynb #c020
+# %% ../nbs/43_exam.ipynb #c022
 MODEL_SETTINGS = ("revision", "dtype", "resolution", "max_sequence_length", "embedded_guidance", "vae_tiling")
 
 
@@ -187,7 +187,7 @@ def differences(old, new, there="there", here="here"):
     return ", ".join(f"{key} is {old.get(key)} {there} and {new.get(key)} {here}" for key in {**old, **new}
                      if old.get(key) != new.get(key))
 
-# %% ../nbs/43_exam.ipynb #c021
+# %% ../nbs/43_exam.ipynb #c023
 def read_json(path):
     "The value in a JSON file; raises ValueError that names it if it is damaged."
     try: return json.loads(path.read_text(encoding="utf-8"))
@@ -206,7 +206,7 @@ def begin(exam, settings):
     write_whole(exam.folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in exam.rows))
     write_whole(file, json.dumps(settings, indent=1))
 
-
+# %% ../nbs/43_exam.ipynb #c024
 def open_folder(exam, settings, state):
     "Begin an exam, or find it begun with the same settings; ValueError that says what differs."
     if state.is_main_process: begin(exam, settings)
@@ -226,7 +226,7 @@ def register(exam, name, reward):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(identity, indent=1))
 
-# %% ../nbs/43_exam.ipynb #c023
+# %% ../nbs/43_exam.ipynb #c026
 ON_DEVICE = ("geneval", "clipscore", "pickscore", "aesthetic", "hpsv2", "imagereward")  # they have an option `device`
 
 
@@ -237,7 +237,8 @@ def reward_makers(names, options, device="cpu"):
     """
     stray = [name for name in options if name not in names]
     if stray: raise ValueError(f"--reward_options has {stray[0]}, which --rewards has not; add it there")
-    given = {name: ({"device": device} if name in ON_DEVICE else {}) | options.get(name, {}) for name in names}
+    given = {name: ({"device": device} if name.partition("@")[0] in ON_DEVICE else {}) | options.get(name, {})
+             for name in names}
     return {name: partial(make_reward, name, **given[name]) for name in names}
 
 
@@ -249,7 +250,7 @@ def try_reward(exam, name, make):
     register(exam, name, reward)
     return reward
 
-
+# %% ../nbs/43_exam.ipynb #c027
 def try_rewards(exam, makers):
     "Try each reward and let it go, so that none meets the next in memory; a single one stays. Returns the makers."
     if len(makers) == 1:
@@ -274,7 +275,7 @@ def hold(exam, settings, make_policy, makers, state, timeout=None):
         judge(exam, name, make, timeout)
     state.wait_for_everyone()
 
-# %% ../nbs/43_exam.ipynb #c025
+# %% ../nbs/43_exam.ipynb #c029
 def complete_scores(exam, name):
     "{quantity: values of all items in order} of a reward; ValueError if an image or a score is missing."
     found, items = read_scores(exam, name), exam.items()

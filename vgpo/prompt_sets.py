@@ -292,6 +292,7 @@ def write_prompts(kind: Literal["geneval", "ocr"], out: str, split: Literal["tra
     if path.suffix not in ((".jsonl", ".txt") if kind == "ocr" else (".jsonl",)):
         raise ValueError(f"--out is {out}; {kind} prompts go into a .jsonl file" + " or a .txt file" * (kind == "ocr"))
     if path.exists(): raise FileExistsError(f"{path} exists; move it away or choose another name")
+    if not path.parent.is_dir(): raise FileNotFoundError(f"--out is {out}; the folder {path.parent} does not exist")
     rows = chosen_rows(kind, split, count, seed, [row for file in exclude or [] for row in load_prompts(file, "test")])
     lines = [row["prompt"] if path.suffix == ".txt" else json.dumps(row) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -88,7 +88,7 @@ def interval(values, sign=""):
     decimals = max(3, 1 - math.floor(math.log10(values["stderr"])))
     return " to ".join(f"{end:{sign}.{decimals}f}" for end in values["ci95"])
 
-
+# %% ../nbs/44_results.ipynb #c013
 def table(metrics, sign=""):
     "Markdown: for each metric a row a task, then the mean over tasks, with the interval of `strict`, else of `raw`."
     rows = [["metric", "task", "raw", "strict", "95 % interval"]]
@@ -109,7 +109,7 @@ def footer(results):
     return (f"{results['images']} images of {results['prompts']} prompts; ± is one standard error, {unit}.\n"
             "The interval is that of strict where there is a verdict, else that of raw.")
 
-# %% ../nbs/44_results.ipynb #c014
+# %% ../nbs/44_results.ipynb #c015
 def read_exam(folder):
     "The (Exam, results) in a folder; raises ValueError if there is none, or none that is finished."
     folder = Path(folder)
@@ -130,7 +130,7 @@ def obstacle(first, second, names, *places):
               for name in names]
     return ", ".join(filter(None, found)) or ("" if names else "they have no reward in common")
 
-
+# %% ../nbs/44_results.ipynb #c016
 def compare(before, after):
     """{metric: figures of the paired difference} of two folders with evaluations of the same items, after minus before.
 
@@ -147,7 +147,7 @@ def compare(before, after):
         result[name] = metric(columns, *units, BOUNDS | {"scaled": (-1, 1), "strict": (-1, 1)})
     return result
 
-# %% ../nbs/44_results.ipynb #c016
+# %% ../nbs/44_results.ipynb #c018
 def exam_rows(source, count, images_per_prompt):
     "Prompt rows for `count` images: as the source has them for one image each, otherwise each prompt once."
     if images_per_prompt == 1: return load_prompts(source, "test", count)
@@ -166,7 +166,7 @@ def this_process():
     cpu = pick_device() == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=cpu, timeout=timedelta(days=2))  # how long the first process done waits for the last
 
-
+# %% ../nbs/44_results.ipynb #c019
 def check_request(output, state, images=None, images_per_prompt=1, **limits):
     "Raise ValueError for options out of range, and for results that have no place to be."
     check_at_least(images=images, images_per_prompt=images_per_prompt, **limits)
@@ -187,7 +187,7 @@ def report(exam, results, model, output):
         write_whole(exam.folder / "results.json", content)
     elif (model / "config.yaml").is_file(): write_whole(model / "evaluation.json", content)
 
-# %% ../nbs/44_results.ipynb #c017
+# %% ../nbs/44_results.ipynb #c020
 def hub_commit(model):
     "The commit of a ModelConfig's model if that came from the hub, else None."
     if model.path == "tiny" or Path(model.path).exists(): return None
@@ -203,7 +203,7 @@ def make_exam(folder, config, source, state, seed=0, images_per_prompt=1, images
     return Exam(Path(folder), rows, images_per_prompt, steps or c.steps, guidance_scale or c.guidance_scale, seed,
                 batch_size or config.sampling.batch_size, state.process_index, state.num_processes)
 
-
+# %% ../nbs/44_results.ipynb #c021
 def evaluate_model(model: str, rewards: list[str] | None = None, lora: str | None = None, prompts: str | None = None,
                    reward_options: dict[str, dict[str, Any]] | None = None, images: int | None = None,
                    images_per_prompt: int = 1, steps: int | None = None, guidance_scale: float | None = None,
@@ -243,7 +243,7 @@ def evaluate_model(model: str, rewards: list[str] | None = None, lora: str | Non
         asked = {"model": model, "lora": lora, "commit": hub_commit(config.model)}
         report(exam, asked | collect(exam, settings, names), Path(model), output)
 
-# %% ../nbs/44_results.ipynb #c018
+# %% ../nbs/44_results.ipynb #c022
 def make_parser():
     "The command line of the program."
     parser = ArgumentParser(prog="python -m vgpo.evaluate", description="Draw held-out prompts and score the images.")
@@ -255,7 +255,7 @@ def make_parser():
     parser.add_function_arguments(evaluate_model, skip={"model", "rewards"})
     return parser
 
-
+# %% ../nbs/44_results.ipynb #c023
 def run_program(given):
     "Do what a parsed command line asks for."
     compared = given.pop("compare")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COCO_CLASSES', 'COLORS', 'GREY', 'WORDINGS', 'make_processor', 'to_pixels', 'find_instances', 'mask_box', 'cut_out',
-           'ColorClassifier', 'load_mask2former', 'CocoDetection', 'CocoDetector', 'check_names', 'CocoGenEval',
-           'geneval']
+           'color_vectors', 'ColorClassifier', 'load_mask2former', 'CocoDetection', 'detect', 'CocoDetector',
+           'check_names', 'CocoGenEval', 'geneval']
 
 # %% ../../nbs/28_coco.ipynb #c003
 from collections.abc import Sequence
@@ -23,7 +23,8 @@ from transformers import (
     Mask2FormerImageProcessorPil,
 )
 
-from .clip import load_clip, opening, weights_id
+from .base import check_images
+from .clip import check_options, load_clip, opening, weights_id
 from .geneval import GenEval
 
 # %% ../../nbs/28_coco.ipynb #c006
@@ -76,13 +77,13 @@ def find_instances(class_logits: torch.Tensor, mask_logits: torch.Tensor, padded
     order = order[scores > min_score]
     return scores[scores > min_score], (index % n)[order], masks[place][order]
 
-
+# %% ../../nbs/28_coco.ipynb #c015
 def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     "Extent x0, y0, x1, y1 (ends excluded) of the True pixels of `mask` (H, W), which must have some."
     x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1
 
-# %% ../../nbs/28_coco.ipynb #c022
+# %% ../../nbs/28_coco.ipynb #c023
 GREY = 0x99  # GenEval's #999
 WORDINGS = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 
@@ -92,7 +93,15 @@ def cut_out(picture: np.ndarray, mask: np.ndarray, box: tuple[int, int, int, int
     x0, y0, x1, y1 = box
     return np.where(mask[y0:y1, x0:x1, None], picture[y0:y1, x0:x1], np.uint8(GREY))
 
-# %% ../../nbs/28_coco.ipynb #c023
+# %% ../../nbs/28_coco.ipynb #c024
+def color_vectors(model, tokenizer, label: str) -> torch.Tensor:
+    "Unit text embeddings (10, D) of the colours of a `label`, each the mean of its three wordings."
+    texts = [w.format(color=c, label=label) for c in COLORS for w in WORDINGS]
+    tokens = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+    features = F.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)
+    return F.normalize(features.view(len(COLORS), len(WORDINGS), -1).mean(1), dim=-1)
+
+# %% ../../nbs/28_coco.ipynb #c025
 class ColorClassifier:
     "Which of GenEval's ten colours has the object on a picture? CLIP's zero-shot answer (GenEval)."
 
@@ -103,31 +112,21 @@ class ColorClassifier:
         side = self.model.config.vision_config.image_size
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": side},
                                                crop_size={"height": side, "width": side})
-        self.device, self.batch_size, self.heads = device, batch_size, {}
-
-    @torch.inference_mode()
-    def head(self, label: str) -> torch.Tensor:
-        "The unit text embeddings (10, D) of the colours of a `label`; computed once a label."
-        if label not in self.heads:
-            texts = [w.format(color=c, label=label) for c in COLORS for w in WORDINGS]
-            tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
-            features = self.model.get_text_features(**tokens).pooler_output.float()
-            features = F.normalize(features, dim=-1).view(len(COLORS), len(WORDINGS), -1).mean(1)
-            self.heads[label] = F.normalize(features, dim=-1)
-        return self.heads[label]
+        self.device, self.batch_size, self.heads = device, batch_size, {}  # color_vectors by label
 
     @torch.inference_mode()
     def __call__(self, crops: Sequence[np.ndarray], label: str) -> list[str]:
         "The colours of `crops`, (h, w, 3) uint8 of any sizes, which show a `label` each."
+        if label not in self.heads: self.heads[label] = color_vectors(self.model, self.tokenizer, label)
         named = []
         for i in range(0, len(crops), self.batch_size):
             batch = list(crops[i : i + self.batch_size])
             pixels = self.processor(batch, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
             features = self.model.get_image_features(pixels.to(self.device, self.model.dtype)).pooler_output.float()
-            named += [COLORS[j] for j in (F.normalize(features, dim=-1) @ self.head(label).T).argmax(-1).tolist()]
+            named += [COLORS[j] for j in (F.normalize(features, dim=-1) @ self.heads[label].T).argmax(-1).tolist()]
         return named
 
-# %% ../../nbs/28_coco.ipynb #c028
+# %% ../../nbs/28_coco.ipynb #c030
 def load_mask2former(weights: str, revision: str | None = None) -> Mask2FormerForUniversalSegmentation:
     """The Mask2Former for COCO's 80 classes, in float32, in a folder or on the hub (`owner/name`), complete.
 
@@ -147,7 +146,7 @@ def load_mask2former(weights: str, revision: str | None = None) -> Mask2FormerFo
                          f"{len(absent) - 1} more are missing or of another shape")
     return model
 
-# %% ../../nbs/28_coco.ipynb #c029
+# %% ../../nbs/28_coco.ipynb #c031
 @dataclass(eq=False)
 class CocoDetection:
     "A `vgpo.rewards.geneval.Detection` whose colour is looked up when it is first read."
@@ -161,7 +160,22 @@ class CocoDetection:
     @cached_property
     def color(self) -> str: return self.classify([cut_out(self.picture, self.mask, self.box)], self.label)[0]
 
-# %% ../../nbs/28_coco.ipynb #c030
+# %% ../../nbs/28_coco.ipynb #c032
+@torch.inference_mode()
+def detect(detector, images: np.ndarray) -> list[list[CocoDetection]]:
+    "What a CocoDetector finds on a batch of `images` (B, H, W, 3) uint8, best first."
+    pixels, resized = to_pixels(images, detector.processor)
+    out = detector.model(pixel_values=pixels.to(detector.device))
+    detections = []
+    for picture, classes, masks in zip(images, out.class_queries_logits, out.masks_queries_logits, strict=True):
+        found = find_instances(classes, masks, pixels.shape[2:], resized, images.shape[1:3],
+                               min_score=detector.min_score)
+        found = zip(*(part.cpu().numpy() for part in found), strict=True)
+        detections.append([CocoDetection(COCO_CLASSES[c], float(s), mask_box(m), m, picture, detector.colors)
+                           for s, c, m in found])
+    return detections
+
+# %% ../../nbs/28_coco.ipynb #c033
 class CocoDetector:
     """COCO's 80 kinds of objects by Mask2Former, their colours by CLIP: images (B, H, W, 3) uint8 -> detections.
 
@@ -175,9 +189,7 @@ class CocoDetector:
                  clip_weights: str = "openai/clip-vit-large-patch14", revision: str | None = None,
                  clip_revision: str | None = None, device: str = "cpu", dtype: str = "float32", batch_size: int = 8,
                  min_score: float = 0.05):
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
-        if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_options(dtype, batch_size)
         self.model = load_mask2former(weights, revision).to(device).eval()
         self.colors = ColorClassifier(clip_weights, clip_revision, device, dtype)
         self.device, self.batch_size, self.min_score, self.processor = device, batch_size, min_score, make_processor()
@@ -185,27 +197,11 @@ class CocoDetector:
                         f"in {dtype}, transformers {version('transformers')}, torch {version('torch')}")
 
     def __call__(self, images):
-        if getattr(images, "dtype", None) != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            got = f"{images.dtype} {tuple(images.shape)}" if hasattr(images, "dtype") else type(images).__name__
-            raise ValueError(f"images must be a uint8 numpy array (B, H, W, 3), got {got}")
+        check_images(images)
         starts = range(0, len(images), self.batch_size)
-        return [found for i in starts for found in self.detect(images[i : i + self.batch_size])]
+        return [found for i in starts for found in detect(self, images[i : i + self.batch_size])]
 
-    @torch.inference_mode()
-    def detect(self, images):
-        "The detections of one batch of pictures, best first."
-        pixels, resized = to_pixels(images, self.processor)
-        out = self.model(pixel_values=pixels.to(self.device))
-        detections = []
-        for picture, classes, masks in zip(images, out.class_queries_logits, out.masks_queries_logits, strict=True):
-            found = find_instances(classes, masks, pixels.shape[2:], resized, images.shape[1:3],
-                                   min_score=self.min_score)
-            found = zip(*(part.cpu().numpy() for part in found), strict=True)
-            detections.append([CocoDetection(COCO_CLASSES[c], float(s), mask_box(m), m, picture, self.colors)
-                               for s, c, m in found])
-        return detections
-
-# %% ../../nbs/28_coco.ipynb #c032
+# %% ../../nbs/28_coco.ipynb #c035
 def check_names(row: dict) -> None:
     "Raise ValueError, naming the prompt, where a row asks for a class or a colour that the detector does not know."
     for clause in row["include"] + (row.get("exclude") or []):

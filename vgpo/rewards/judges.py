@@ -105,7 +105,7 @@ class Judge:
 
     def __init__(self, model: str = "", url: str = "http://localhost:8000/v1", question: str | None = None,
                  concurrency: int = 8, resolution: int | None = None, extra: dict | None = None, **network):
-        if not model: raise ValueError(f"reward {self.name!r} needs the option model: the name that the server gives it")
+        if not model: raise ValueError(f"reward {self.name!r} needs the option model: its name at the server")
         for key, value in {"concurrency": concurrency, "resolution": resolution}.items():
             if value is not None and value < 1: raise ValueError(f"{key} must be at least 1, got {value}")
         self.question = self.question if question is None else question
@@ -164,7 +164,8 @@ class VLMScore(Judge):
         self.low, self.high, self.pattern = low, high, pattern
         self.scale = f"(raw - {low:g}) / ({high:g} - {low:g})"
         question = self.question if question is None else question
-        super().__init__(model, question=question.replace("{low}", f"{low:g}").replace("{high}", f"{high:g}"), **options)
+        question = question.replace("{low}", f"{low:g}").replace("{high}", f"{high:g}")
+        super().__init__(model, question=question, **options)
 
     def read(self, choice):
         text = answer_text(choice)
