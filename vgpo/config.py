@@ -53,7 +53,7 @@ class ModelConfig:
     shard: Literal["none", "gradients", "weights"] = "none"
     """what several processes divide among them, besides the work: gradients and optimizer states, or weights too"""
     compile: bool = False
-    """compile the transformer's blocks: a minute or more at the start, faster steps on a GPU"""
+    """compile the transformer's blocks, which takes minutes; `vgpo.bench --also model.compile=true` measures the gain"""
     free_text_encoders: bool = False
     """encode every prompt of the run first, then drop the text encoders from memory"""
     embedding_cache: str | None = None

@@ -32,7 +32,7 @@ from .prompts import check_rows, epoch_prompts, load_prompts
 from .resume import change_lines, check_changes, lock_run, recipe_changes, resumed_config
 from .rewards.base import configured_reward, make_reward, score
 from .sde import DanceSDE, FlowCPS, FlowSDE
-from .shard import share, whole
+from .shard import blocks, share, whole
 
 # %% ../nbs/23_run.ipynb #c005
 def make_trainable(policy, model, seed):
@@ -40,6 +40,7 @@ def make_trainable(policy, model, seed):
     if model.lora_rank: policy.add_lora(model.lora_rank, model.lora_alpha, model.lora_targets or None, seed)
     else: policy.full_finetune()
     if model.gradient_checkpointing: policy.network.enable_gradient_checkpointing()
+    for part in blocks(policy.network) if model.compile else (): part.compile(options={"emulate_precision_casts": True})
 
 
 def needed_prompts(config, rows, test):
@@ -177,7 +178,7 @@ def checkpoint(run):
     def lora(path):
         if run.config.model.lora_rank: (folder / "lora.part").rename(path / "lora")
     if main: save_checkpoint(folder, tensors, state, run.config.keep_checkpoints, lora)
-    run.accelerator.wait_for_everyone()  # a launcher ends all when one has left, and the first must not be writing then
+    run.accelerator.wait_for_everyone()  # whoever ended now would have the first process killed amid its writing
     run.saved = run.epoch
 
 
