@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# A run on Slurm that goes on until it is finished, whatever the time limit: one task a GPU, no other launcher.
+#   sbatch launch/slurm.sh --recipe sd35-geneval
+# The run is runs/slurm-JOB, or what the variable RUN says. The machines need the same code, weights and prompts, and the
+# run's folder lies on storage that they share. Change the numbers below, or give sbatch others: sbatch --nodes=4 ...
+#SBATCH --job-name=vgpo
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -u
+run=${RUN:-runs/slurm-$SLURM_JOB_ID}
+
+# 600 s before the end every task gets SIGTERM: the run writes a checkpoint and ends with exit code 75, "go on later".
+if [ -f "$run/config.yaml" ]; then
+  words=(--resume "$run")
+else
+  words=("$@" --output="$(dirname "$run")" --name="$(basename "$run")")
+fi
+export MASTER_ADDR MASTER_PORT
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+srun --kill-on-bad-exit=1 bash -c \
+  'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec python -m vgpo.train "$@"' vgpo "${words[@]}"
+code=$?
+if [ $code = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit $code
