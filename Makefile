@@ -1,6 +1,7 @@
 # make train          set up, then run the main job (recipe tiny-geneval); make train ARGS="--recipe tiny-ocr"
 # make test           set up, then run all tests, the notebooks among them;  make test ARGS="-k geneval"
 # make seeds          the table of the README: both recipes, three seeds each
+# make stress         kills and damages runs at random for 5 minutes, and says what was lost;  ARGS="--minutes 60"
 # make setup          the virtual environment alone;  make clean removes it and what tests leave behind, never runs/
 #
 # Needs make and Python 3.10 or newer with venv. PYTHON=python3.12 chooses one, PIP_FLAGS goes to pip (say, the index of
@@ -11,7 +12,7 @@ RECIPES ?= tiny-geneval tiny-ocr
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: train test seeds setup clean
+.PHONY: train test seeds stress setup clean
 
 train: $(STAMP)
 	@$(BIN)/python -m vgpo.train $(ARGS)
@@ -21,6 +22,9 @@ test: $(STAMP)
 
 seeds: $(STAMP)
 	@for recipe in $(RECIPES); do $(BIN)/python -m vgpo.seeds --recipe $$recipe $(ARGS) || exit; done
+
+stress: $(STAMP)
+	@$(BIN)/python tests/stress.py $(ARGS)
 
 setup: $(STAMP)
 

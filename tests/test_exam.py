@@ -237,6 +237,9 @@ def test_reward_options_and_device():
     )
     assert makers["jpeg"]().version.endswith("quality 50") and makers["jpeg"].keywords == {"quality": 50}
     assert makers["pickscore"].keywords == {"device": "cuda"} and makers["clipscore"].keywords == {"device": "x"}
+    labelled = reward_makers(["jpeg@low", "pickscore@two"], {"jpeg@low": {"quality": 5}}, "cuda")  # as in reward.parts
+    assert labelled["jpeg@low"]().version.endswith("quality 5")
+    assert labelled["pickscore@two"].keywords == {"device": "cuda"}
     with pytest.raises(ValueError, match="--reward_options has ocr, which --rewards has not"):
         reward_makers(["jpeg"], {"ocr": {}})
     for name in REWARDS:  # the list is right: who says `device`, by itself or by the class whose options it passes on

@@ -259,6 +259,21 @@ def test_one_training_step_moves_the_lora_and_nothing_else(pair, trainable):
             assert torch.equal(policy.velocity(noise, sigma, policy.encode(PROMPTS)), bare)
 
 
+def test_all_weights_learn_and_there_is_a_way_back(pair):
+    policy, sigma = load(pair.family, pair.folder), torch.tensor(0.7)
+    policy.full_finetune()
+    start = policy.velocity(pair.noise, sigma, policy.encode(PROMPTS))
+    start.square().mean().backward()
+    frozen = {name for name, p in policy.network.named_parameters() if not p.requires_grad}
+    assert all(name.startswith(tuple(policy.unread())) for name in frozen)
+    assert all(p.grad is not None for p in policy.parameters())  # one without stops distributed training
+    perturb(policy)
+    with torch.no_grad():
+        assert (policy.velocity(pair.noise, sigma, policy.encode(PROMPTS)) - start).abs().max() > 1e-3
+        with policy.reference():
+            assert torch.equal(policy.velocity(pair.noise, sigma, policy.encode(PROMPTS)), start)
+
+
 def test_plain_diffusers_draws_with_the_saved_lora(trainable, tmp_path):
     bare = trainable.draw_plain()
     perturb(trainable.policy, 0.1)

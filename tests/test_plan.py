@@ -10,18 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_pipelines import tiny_sd3
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import vgpo.plan
 import vgpo.train
 from vgpo.config import RECIPES, ModelConfig, RewardConfig, parse_config
+from vgpo.evaluate import make_policy
 from vgpo.plan import (
     CARDS,
     FORMULAS,
+    SHARDS,
     Card,
     blank_condition,
     costs_of,
+    count_parameters,
     epoch_work,
+    exchanged_bytes,
+    gathered_bytes,
     judge_bytes,
     main,
     make_part,
@@ -30,6 +37,7 @@ from vgpo.plan import (
     metered,
     read_configs,
     resident_bytes,
+    shard_table,
     size_of,
     solve_batches,
     storages,
@@ -37,7 +45,7 @@ from vgpo.plan import (
     working_bytes,
 )
 from vgpo.policy import SD3Policy, load_pipeline, networks
-from vgpo.run import Run
+from vgpo.run import Run, make_trainable
 from vgpo.train import assign, judge, sample, update
 
 FULL = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("tiny"))
@@ -84,7 +92,8 @@ def test_what_does_not_divide_is_named_with_the_nearest_that_does():
 
 def test_a_run_checks_the_processes_that_it_really_has(options, tmp_path, monkeypatch):
     assert Run(parse_config(options), tmp_path).shares.share == 6
-    monkeypatch.setattr("vgpo.run.Accelerator.num_processes", 4)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 4)
     with pytest.raises(ValueError, match="2 updates on 4 processes do not divide into 8 equal parts"):
         Run(parse_config(options), tmp_path)
 
@@ -255,7 +264,7 @@ def counted_epoch(run, monkeypatch):
 
     scored.name = reward.name
     run.reward, run.seconds = scored, {}
-    batches = sample(run)
+    batches = list(sample(run))
     paths = [
         (b.path.latents, b.path.clean, b.path.log_probs, *(t for t in b.condition if t is not None)) for b in batches
     ]
@@ -321,9 +330,97 @@ def test_all_weights_cost_twenty_bytes_each_and_a_copy(tiny_folder):
     policy = meta_policy(model)
     count = sum(p.numel() for p in policy.network.parameters())
     parts = resident_bytes(policy, model, processes=2)
-    trained = ("trained weights", "gradients", "AdamW's moments", "average (EMA)", "gradient buckets")
-    assert sum(parts[part] for part in trained) == (20 + 4) * count
-    assert parts["transformer, autocast's copy"] == 2 * (count + sum(b.numel() for b in policy.network.buffers()))
+    trained = ("trained weights", "gradients", "AdamW's moments", "average (EMA)")
+    assert sum(parts[part] for part in trained) == 20 * count
+    assert parts["copies to compute with"] == 2 * count  # autocast's
+    assert parts["transformer, frozen"] == 4 * sum(b.numel() for b in policy.network.buffers())  # nothing else
+    single = ModelConfig(path=str(tiny_folder), lora_rank=0)
+    assert resident_bytes(meta_policy(single), single)["copies to compute with"] == 0  # they compute themselves
+
+
+def test_the_draft_decoder_is_not_trained(tiny_folder):
+    for rank in (4, 0):
+        model = ModelConfig(path=str(tiny_folder), lora_rank=rank, draft_decoder=str(tiny_folder / "vae"))
+        policy = meta_policy(model)
+        counts = count_parameters(policy)
+        assert counts["draft decoder"][0] == 0 < counts["draft decoder"][1] == counts["vae"][1]
+        trained = {part: n for part, (n, _) in counts.items() if n}
+        assert trained == {"transformer": sum(p.numel() for p in policy.parameters())}
+
+
+def test_weights_that_nothing_depends_on_are_not_trained():
+    model = ModelConfig(path="Qwen/Qwen-Image", lora_rank=0, dtype="bfloat16")
+    policy = meta_policy(model)
+    assert not any(p.requires_grad for p in policy.network.transformer_blocks[-1].txt_mlp.parameters())
+    assert all(p.requires_grad for p in policy.network.transformer_blocks[-2].parameters())
+
+
+@pytest.fixture
+def eight_processes():
+    "Eight processes, of which only this one is real: what the others would send never comes."
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def tracked(policy, steps=2):
+    "{kind: bytes} after the last step's forward and backward passes and at the fullest moment, by PyTorch's tracker."
+    optimizer, x = torch.optim.AdamW(policy.parameters()), torch.randn(1, *policy.latent_shape)
+    condition, found = policy.encode(["a"]), []
+    tracker = FSDPMemTracker(policy.network, optimizer)
+    with tracker:
+        for _ in range(steps):
+            tracker.reset_mod_stats()
+            velocity = policy.velocity(x, torch.tensor(0.5), condition)
+            found = [tracker.get_tracker_snapshot("current")]
+            velocity.square().mean().backward()
+            found.append(tracker.get_tracker_snapshot("current"))
+            optimizer.step()
+            optimizer.zero_grad()
+    found.append(tracker.get_tracker_snapshot("peak"))
+    return [{str(kind).split(".")[-1]: n for kind, n in snapshot[torch.device("cpu")].items()} for snapshot in found]
+
+
+@pytest.mark.parametrize("shard", ["gradients", "weights"])
+@pytest.mark.parametrize("rank", [8, 0])
+def test_what_a_process_holds_of_a_network_that_is_cut(eight_processes, tmp_path, rank, shard):
+    pipe = tiny_sd3(num_layers=5, num_attention_heads=4, attention_head_dim=32, caption_projection_dim=128)
+    pipe.save_pretrained(tmp_path)
+    settings = dict(dtype="bfloat16", lora_rank=rank, resolution=16, max_sequence_length=4, shard=shard)
+    model = ModelConfig(path=str(tmp_path), **settings)
+    real, meta = make_policy(model), meta_policy(model)
+    make_trainable(real, model, 0)
+    real.shard(shard)
+    forward, backward, peak = tracked(real)
+
+    plan, tensors = resident_bytes(meta, model, processes=8), len(real.parameters())
+    width = 2 if rank else 4  # all that is cut is float32 if all weights are trained
+    frozen = plan["transformer, frozen"] - width * sum(b.numel() for b in meta.network.buffers())
+    assert backward["SHARDED_PARAM"] == plan["trained weights"] + frozen * (shard == "weights")
+    assert backward["SHARDED_GRAD"] == plan["gradients"] == plan["trained weights"]
+    assert backward["OPT"] == plan["AdamW's moments"] + 4 * tensors  # and the number of steps, for each tensor
+    autocast = 0 if rank else 2 * sum(p.numel() for p in meta.parameters())  # counted as activations there
+    assert forward["UNSHARDED_PARAM"] == plan["copies to compute with"] - autocast
+    gathered, exchanged = peak["UNSHARDED_PARAM"] + peak["ALL_GATHER"], peak["REDUCE_SCATTER"] + peak["SHARDED_GRAD"]
+    if shard == "weights" and rank:
+        assert gathered == gathered_bytes(meta.network)
+    elif shard == "weights":  # at the fullest moment gradients are being cut
+        assert 0 < exchanged <= exchanged_bytes(meta.network) and gathered <= gathered_bytes(meta.network)
+
+
+def test_what_cutting_saves(options, tiny_folder):
+    table = shard_table(parse_config([*options, "--model.dtype", "bfloat16", "--sampling.batch_size", "1"]), 2)
+    lora, whole = ([table[kind, shard] for shard in SHARDS] for kind in ("LoRA", "all weights"))
+    assert whole[0] > whole[1] > whole[2] and lora[0] > lora[2] and whole[0] > lora[0]
+    one = [make_plan(parse_config([*options, "--model.shard", shard])) for shard in SHARDS]
+    assert one[0].phases == one[1].phases == one[2].phases and not one[0].sharded  # one process has nothing to cut
+    two = [make_plan(parse_config([*options, "--model.shard", shard]), 2) for shard in SHARDS]
+    assert [max(plan.phases.values()) for plan in two] == list(two[0].sharded.values()) == list(two[2].sharded.values())
+    assert two[2].working["sample"] - two[1].working["sample"] == gathered_bytes(
+        meta_policy(two[2].config.model).network
+    )
 
 
 def test_guard_keeps_the_means_too(options, tiny_folder):
@@ -377,7 +474,8 @@ def test_the_program_prints_a_plan_and_starts_nothing(options, tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     vgpo.train.main(["--plan", *options, "--card", "24", "--processes", "2", "--score_seconds", "2"])
     out = capsys.readouterr().out
-    assert "12 images an epoch, 6 in each of 2 processes" in out and "gradient buckets" in out
+    assert "12 images an epoch, 6 in each of 2 processes" in out
+    assert out.count("at most, by model.shard     none ") == 1
     assert "RTX 4090" in out and "A100" not in out and "yes" in out
     assert f"{36 / 2 * 2:.1f}" in out.split("RTX 4090")[1]
     assert not list(tmp_path.iterdir())

@@ -227,7 +227,7 @@ def test_files_are_written_and_read_again(tmp_path, monkeypatch, capsys):
         ("ocr --count 0 --out x.txt", "error: --count is 0; it must be at least 1"),
         ("geneval --split test --seed 1 --out x.jsonl", "test set is what it is; leave out --seed and --exclude"),
         ("geneval --exclude absent.jsonl --out x.jsonl", "error: prompt file absent.jsonl does not exist"),
-        ("geneval --count 5 --out no/folder.jsonl", "error: .*No such file or directory: 'no/folder.jsonl'"),
+        ("geneval --count 5 --out no/folder.jsonl", "error: --out is no/folder.jsonl; the folder no does not exist"),
     ],
 )
 def test_refused_requests_leave_no_file(tmp_path, monkeypatch, line, message):

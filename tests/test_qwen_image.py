@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny_pipelines import tiny_qwen_image
+from tiny_pipelines import SIGMA, UNEVEN, changed_by_company, check_adapters, tiny_qwen_image
 from torch.testing import assert_close
 
 from vgpo.flow import interpolate, shifted_sigmas
 from vgpo.policies.qwen_image import QwenImagePolicy, decode_frame, keep_length, read_layers
-
-PROMPTS = ["CAT", 'a blue sign that says "CAT" on a very tall pole in the rain', ""]
-SIGMA = torch.tensor(0.7)
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +27,18 @@ def noise():
 
 
 def test_prompts_do_not_notice_their_company(policy, noise):
-    condition = policy.encode(PROMPTS)
+    condition = policy.encode(UNEVEN)
     lengths = condition.mask.sum(1).tolist()
     assert lengths[2] == 5 < lengths[0] < lengths[1] == condition.text.shape[1]  # five tokens of template, at least
-    with torch.no_grad():
-        together = policy.velocity(noise, SIGMA, condition)
-        untold = policy.velocity(noise, SIGMA, condition._replace(mask=torch.ones_like(condition.mask)))
-        for i, prompt in enumerate(PROMPTS):
-            alone = policy.velocity(noise[i : i + 1], SIGMA, policy.encode([prompt]))[0]
-            assert_close(together[i], alone, atol=1e-5, rtol=0)
-            assert (i == 1) == bool((untold[i] - alone).abs().max() < 1e-5)  # without a mask, padding is read
+    told, untold = changed_by_company(policy, noise)
+    assert told.max() < 1e-5
+    assert (untold > 1e-5).tolist() == [True, False, True]  # without a mask, padding is read; the longest has none
 
 
 def test_guided_velocities_do_not_notice_their_company(policy, noise):
     with torch.no_grad():
-        together = policy.velocity(noise, SIGMA, policy.encode(PROMPTS), 4.0)
-        alone = policy.velocity(noise[1:2], SIGMA, policy.encode(PROMPTS[1:2]), 4.0)
+        together = policy.velocity(noise, SIGMA, policy.encode(UNEVEN), 4.0)
+        alone = policy.velocity(noise[1:2], SIGMA, policy.encode(UNEVEN[1:2]), 4.0)
     assert_close(together[1:2], alone, atol=1e-5, rtol=0)
 
 
@@ -55,7 +48,7 @@ def test_the_network_is_told_of_padding_only_where_there_is_some(policy, noise):
     try:
         with torch.no_grad():
             policy.velocity(noise[:2], SIGMA, policy.encode(["CAT", "CAT"]))
-            policy.velocity(noise[:2], SIGMA, policy.encode(PROMPTS[:2]))
+            policy.velocity(noise[:2], SIGMA, policy.encode(UNEVEN[:2]))
     finally:
         hook.remove()
     (_, _, none, sigma, shapes), (_, _, mask, _, _) = seen
@@ -83,7 +76,7 @@ def test_the_gradient_of_guidance(noise):
     policy.add_lora(rank=2, alpha=4)
     for p in policy.parameters():
         p.data.normal_(std=0.2, generator=torch.Generator().manual_seed(len(p)))
-    condition = policy.encode(PROMPTS)
+    condition = policy.encode(UNEVEN)
 
     def gradient(f):
         found = torch.autograd.grad(f, policy.parameters(), retain_graph=True)
@@ -144,29 +137,34 @@ def test_geometry_and_drafts(pipe):
         QwenImagePolicy(pipe, resolution=20)
     policy = QwenImagePolicy(pipe, resolution=32)
     with pytest.raises(ValueError, match="no AutoencoderTiny.*leave model.draft_decoder unset"):
-        policy.draft = pipe.vae
+        policy.add_draft(pipe.vae)
     assert policy.decode_steps(torch.randn(1, 2, 4, 8, 8)).shape == (2, 32, 32, 3)
 
 
 def test_long_prompts_are_cut_as_the_pipeline_cuts_them(pipe):
     policy = QwenImagePolicy(pipe, resolution=32, max_sequence_length=10)
     with torch.no_grad():
-        text, mask = pipe.encode_prompt(PROMPTS, max_sequence_length=10)
-    condition = policy.encode(PROMPTS)
+        text, mask = pipe.encode_prompt(UNEVEN, max_sequence_length=10)
+    condition = policy.encode(UNEVEN)
     assert condition.text.shape == (3, 10, 32) and torch.equal(condition.mask, mask.bool())
     assert_close(condition.text, text, atol=1e-5, rtol=0)
 
 
 def test_every_adapter_learns(noise):
     policy = QwenImagePolicy(tiny_qwen_image(), resolution=32)
-    policy.add_lora(rank=2, alpha=4)
-    x0 = torch.zeros_like(noise)
-    policy.velocity(interpolate(x0, noise, SIGMA), SIGMA, policy.encode(PROMPTS)).square().mean().backward()
-    names = [name for name, p in policy.network.named_parameters() if p.requires_grad]
-    assert len(names) == 2 * (12 + 8)  # the last of the two blocks lacks four
-    for name, p in policy.network.named_parameters():  # a parameter without a gradient would stop distributed training
-        assert (p.grad is not None) == (name in names)
-        assert ".lora_B." not in name or p.grad.any()
+    check_adapters(policy, interpolate(torch.zeros_like(noise), noise, SIGMA), 12 + 8)  # the last block lacks four
+
+
+def test_nothing_depends_on_what_is_not_trained(noise):
+    policy = QwenImagePolicy(tiny_qwen_image(), resolution=32)
+    policy.full_finetune()
+    velocity, frozen = policy.velocity(noise, SIGMA, policy.encode(UNEVEN)), []
+    for name, p in policy.network.named_parameters():
+        if not p.requires_grad:
+            frozen.append(name)
+            p.data.normal_()
+    assert torch.equal(policy.velocity(noise, SIGMA, policy.encode(UNEVEN)), velocity)
+    assert len(frozen) == 9 and all(name.startswith("transformer_blocks.1.") for name in frozen)
 
 
 def test_targets_are_named_in_full(policy):

@@ -555,7 +555,7 @@ def test_micro_batches_do_not_change_the_update_of_windows_per_group(small_folde
 def test_samples_of_a_group_share_a_window(small_folder, tmp_path):
     words = [*WINDOWS["random per group"], "--sampling.sde_steps=1", "--sampling.groups=6", "--optim.updates=1"]
     run = start([*SMALL, f"--model.path={small_folder}", f"--output={tmp_path}", *words])
-    batches = sample(run)
+    batches = list(sample(run))
     starts = torch.cat([b.start for b in batches]), torch.cat([b.path.group for b in batches])
     by_group = [starts[0][starts[1] == g].unique() for g in starts[1].unique()]
     assert all(len(s) == 1 for s in by_group) and len(torch.cat(by_group).unique()) > 1

@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny_pipelines import tiny_z_image
+from tiny_pipelines import SIGMA, UNEVEN, changed_by_company, check_adapters, tiny_z_image
 from torch.testing import assert_close
 
 from vgpo.flow import ode_sample, shifted_sigmas
 from vgpo.policies.z_image import ZImagePolicy
-
-PROMPTS = ["CAT", 'a blue sign that says "CAT" on a very tall pole in the rain', ""]
-SIGMA = torch.tensor(0.7)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +29,7 @@ def noise():
 def test_the_network_sees_time_reversed_and_answers_with_the_sign_reversed(policy, noise):
     seen = []
     hook = policy.network.register_forward_hook(lambda module, args, output: seen.append((*args, *output)))
-    sigmas, condition = torch.tensor([0.9, 0.5, 0.2]), policy.encode(PROMPTS)
+    sigmas, condition = torch.tensor([0.9, 0.5, 0.2]), policy.encode(UNEVEN)
     try:
         with torch.no_grad():
             velocity = policy.velocity(noise, sigmas, condition)
@@ -47,7 +44,7 @@ def test_the_network_sees_time_reversed_and_answers_with_the_sign_reversed(polic
 
 def test_without_guidance_the_picture_is_the_pipelines_digit_for_digit(pipe, policy, noise):
     with torch.no_grad():
-        condition = policy.encode(PROMPTS)
+        condition = policy.encode(UNEVEN)
         ours = ode_sample(lambda x, sigma: policy.velocity(x, sigma, condition), noise, policy.sigmas(6))
     captions = [text[mask] for text, mask in zip(condition.text, condition.mask, strict=True)]
     theirs = pipe(
@@ -57,27 +54,22 @@ def test_without_guidance_the_picture_is_the_pipelines_digit_for_digit(pipe, pol
 
 
 def test_prompts_do_not_notice_their_company(policy, noise):
-    condition = policy.encode(PROMPTS)
-    lengths = condition.mask.sum(1).tolist()
+    lengths = policy.encode(UNEVEN).mask.sum(1).tolist()
     assert lengths[2] < lengths[0] < 32 < lengths[1] < 64  # padded to 32 and 64 tokens by the network
-    with torch.no_grad():
-        together = policy.velocity(noise, SIGMA, condition)
-        untold = policy.velocity(noise, SIGMA, condition._replace(mask=torch.ones_like(condition.mask)))
-        for i, prompt in enumerate(PROMPTS):
-            alone = policy.velocity(noise[i : i + 1], SIGMA, policy.encode([prompt]))[0]
-            assert_close(together[i], alone, atol=5e-5, rtol=0)
-            assert (i == 1) == bool((untold[i] - alone).abs().max() < 5e-5)  # handed on, the padding would be read
+    told, untold = changed_by_company(policy, noise)
+    assert told.max() < 5e-5
+    assert (untold > 5e-5).tolist() == [True, False, True]  # handed on, the padding would be read
 
 
 @pytest.mark.parametrize("guidance_scale", [1.5, 5.0])
 def test_guidance_counts_from_one(pipe, policy, noise, guidance_scale):
-    condition, empty = policy.encode(PROMPTS), policy.encode([""]).expand(3)
+    condition, empty = policy.encode(UNEVEN), policy.encode([""]).expand(3)
     with torch.no_grad():
         v, u = policy.predict(noise, SIGMA, condition), policy.predict(noise, SIGMA, empty)
         ours = policy.velocity(noise, SIGMA, condition, guidance_scale)
     assert_close(ours, v + (guidance_scale - 1) * (v - u), atol=1e-5, rtol=0)  # as the pipeline writes it
     plain = pipe(
-        list(PROMPTS), negative_prompt=[""] * 3, latents=noise, height=32, width=32, num_inference_steps=1,
+        list(UNEVEN), negative_prompt=[""] * 3, latents=noise, height=32, width=32, num_inference_steps=1,
         guidance_scale=guidance_scale - 1, output_type="latent").images  # fmt: skip
     with torch.no_grad():
         first = policy.velocity(noise, torch.tensor(1.0), condition, guidance_scale)
@@ -92,9 +84,9 @@ def test_the_schedule_is_that_of_notebook_01(pipe):
 
 
 def test_prompts_are_left_alone(pipe, policy):
-    mine = list(PROMPTS)
+    mine = list(UNEVEN)
     policy.encode(mine)
-    assert mine == PROMPTS  # the pipeline, given a list, writes its templates into it
+    assert mine == UNEVEN  # the pipeline, given a list, writes its templates into it
     with torch.no_grad():
         pipe.encode_prompt(mine, do_classifier_free_guidance=False)
     assert mine[0] == "<|im_start|>user\nCAT<|im_end|>\n<|im_start|>assistant\n"
@@ -103,8 +95,8 @@ def test_prompts_are_left_alone(pipe, policy):
 def test_long_prompts_are_cut_as_the_pipeline_cuts_them(pipe):
     policy = ZImagePolicy(pipe, resolution=32, max_sequence_length=10)
     with torch.no_grad():
-        texts, _ = pipe.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False, max_sequence_length=10)
-    condition = policy.encode(PROMPTS)
+        texts, _ = pipe.encode_prompt(list(UNEVEN), do_classifier_free_guidance=False, max_sequence_length=10)
+    condition = policy.encode(UNEVEN)
     assert condition.mask.sum(1).tolist() == [len(text) for text in texts] and condition.text.shape[1] == 10
     for row, mask, text in zip(condition.text, condition.mask, texts, strict=True):
         assert_close(row[mask], text, atol=1e-5, rtol=0)
@@ -120,13 +112,7 @@ def test_geometry(pipe):
 
 def test_every_adapter_learns(noise):
     policy = ZImagePolicy(tiny_z_image(), resolution=32)
-    policy.add_lora(rank=2, alpha=4)
-    policy.velocity(noise, SIGMA, policy.encode(PROMPTS)).square().mean().backward()
-    names = [name for name, p in policy.network.named_parameters() if p.requires_grad]
-    assert len(names) == 2 * 4 * 4  # four projections in each of two blocks and two refiners
-    for name, p in policy.network.named_parameters():
-        assert (p.grad is not None) == (name in names)
-        assert ".lora_B." not in name or p.grad.any()
+    check_adapters(policy, noise, 4 * 4)  # four projections in each of two blocks and two refiners
 
 
 def test_a_small_decoder_draws_the_drafts(pipe):
@@ -137,7 +123,7 @@ def test_a_small_decoder_draws_the_drafts(pipe):
         latent_channels=4, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
         num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
     policy, clean = ZImagePolicy(pipe, resolution=32), torch.randn(2, 3, 4, 16, 16)
-    policy.draft = draft
+    policy.add_draft(draft)
     pictures = policy.decode_steps(clean)
     assert pictures.shape == (6, 32, 32, 3)
     assert np.abs(pictures[[2, 5]].astype(int) - policy.decode(clean[:, -1])).max() <= 1

@@ -185,3 +185,30 @@ def tiny_z_image():
     pipe = ZImagePipeline(scheduler, vae, Qwen3Model(config), tokenizer, transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# What Qwen-Image and Z-Image have in common: a language model reads the prompt, so embeddings differ in length
+
+SIGMA = torch.tensor(0.7)
+UNEVEN = ["CAT", 'a blue sign that says "CAT" on a very tall pole in the rain', ""]
+
+
+def changed_by_company(policy, noise):
+    "How far the velocity of each UNEVEN prompt in a batch is from that alone; the same if padding is taken for words."
+    condition = policy.encode(UNEVEN)
+    untold = condition._replace(mask=torch.ones_like(condition.mask))
+    with torch.no_grad():
+        alone = torch.cat(
+            [policy.velocity(x[None], SIGMA, policy.encode([p])) for x, p in zip(noise, UNEVEN, strict=True)]
+        )
+        return [(policy.velocity(noise, SIGMA, c) - alone).abs().amax((1, 2, 3)) for c in (condition, untold)]
+
+
+def check_adapters(policy, x, count):
+    "So many adapters are trained; a velocity gives a gradient to them, not zero for a B, and to nothing else."
+    policy.add_lora(rank=2, alpha=4)
+    policy.velocity(x, SIGMA, policy.encode(UNEVEN)).square().mean().backward()
+    assert len(policy.parameters()) == 2 * count
+    for name, p in policy.network.named_parameters():  # one without would stop distributed training
+        assert (p.grad is not None) == p.requires_grad == (".lora_" in name)
+        assert ".lora_B." not in name or p.grad.any()

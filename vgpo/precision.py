@@ -21,7 +21,7 @@ def ratio_error(sampled_by, replayed_by, noise, sigmas, sampler, steps):
     log_probs = [replay(replayed_by, path, j, sampler).log_prob(path.latents[:, j + 1]) for j in range(steps)]
     return ((torch.stack(log_probs, 1).detach() - path.log_probs[:, :steps]).exp() - 1).abs().mean(0)
 
-# %% ../nbs/38_precision.ipynb #c025
+# %% ../nbs/38_precision.ipynb #c027
 def network_bytes(pipe):
     "{network: (bytes of frozen parameters, bytes of trained parameters)} of a pipeline."
     def size(part, trained): return sum(p.nbytes for p in part.parameters() if p.requires_grad == trained)
