@@ -24,7 +24,9 @@ fi
 export MASTER_ADDR MASTER_PORT
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-srun --kill-on-bad-exit=1 bash -c \
+# --wait: when one task has ended, the others have a minute. (--kill-on-bad-exit=1 would kill the rest of a run that is
+# just stopping, and hide its 75 behind their 137.)
+srun --kill-on-bad-exit=0 --wait=60 bash -c \
   'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec python -m vgpo.train "$@"' vgpo "${words[@]}"
 code=$?
 if [ $code = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -299,6 +299,7 @@ def finish(run):
         if run.ended: warnings.insert(0, f"the run ended after {run.epoch} of {run.config.epochs} epochs: {run.ended}")
         write_report(run.folder, run.config, run.before, after, metrics, run.trained_s,
                      [row["prompt"] for row in run.test], warnings)
+    run.accelerator.wait_for_everyone()  # none leaves while the first one is writing
     return after.summary
 
 # %% ../nbs/24_train.ipynb #c038
