@@ -357,7 +357,8 @@ def judge_bytes(reward):
         options = reward.part_options.get(name, {}) if reward.parts else reward.options
         if not str(options.get("device", "cpu")).startswith("cuda"): continue
         dtype = getattr(torch, options.get("dtype", "float32"))
-        total += sum(module_bytes(make_part(c, dtype)) for key, c in known.items() if key.split(",")[0] == name)
+        total += sum(module_bytes(make_part(c, dtype)) for key, c in known.items()
+                     if key.split(",")[0] == name.partition("@")[0])
     return total
 
 # %% ../nbs/39_plan.ipynb #c039

@@ -32,7 +32,7 @@ def serve_reward(name: str, port: int = 8901, host: str = "127.0.0.1", options: 
     """
     try:
         from vgpo.rewards.server import Limits, make_app, make_server, open_socket
-    except ModuleNotFoundError as e: raise ValueError(f"{e.name} is missing: pip install 'vgpo[server]'") from None
+    except ModuleNotFoundError as e: raise ValueError(f"{e.name} is missing: pip install starlette uvicorn") from None
     key = read_key(key_env or (KEY_ENV if KEY_ENV in os.environ else None))
     limits = Limits(queue=queue, body=body * 2**20, pixels=pixels, total_pixels=32 * pixels)
     with open_socket(host, port, key) as sock:
