@@ -18,7 +18,7 @@ train: $(STAMP)
 	@$(BIN)/python -m vgpo.train $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 seeds: $(STAMP)
 	@for recipe in $(RECIPES); do $(BIN)/python -m vgpo.seeds --recipe $$recipe $(ARGS) || exit; done

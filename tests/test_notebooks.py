@@ -1,8 +1,6 @@
 "Every notebook runs from top to bottom, and what is stored of it shows outputs and no error."
 
-import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -20,31 +18,22 @@ def skipped(cell):
     return cell.cell_type == "code" and ("eval: false" in flags or "gpu" in flags)
 
 
-def execute(path):
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if not skipped(cell)]
-    NotebookClient(
-        notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": path.parent}}
-    ).execute()
-
-
 @pytest.fixture(scope="module")
-def executions(request, tmp_path_factory):
-    "The notebooks that were asked for, executing two at a time, with one thread each, in a copy of their folder."
-    folder = tmp_path_factory.mktemp("notebooks") / "nbs"
-    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    names = [item.callspec.params["name"] for item in request.session.items if item.name.startswith("test_executes[")]
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            patch.setenv(variable, os.environ.get(variable, "1"))
-        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-        yield {name: pool.submit(execute, folder / name) for name in names}
-        pool.shutdown(cancel_futures=True)
+def folder(tmp_path_factory):
+    "A copy of the notebooks' folder: what they write is not to be kept."
+    return shutil.copytree(
+        FOLDER, tmp_path_factory.mktemp("notebooks") / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
+    )
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_executes(executions, name):
-    executions[name].result()
+def test_executes(folder, monkeypatch, name):
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    notebook = nbformat.read(folder / name, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if not skipped(cell)]
+    NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
