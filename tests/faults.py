@@ -142,9 +142,7 @@ def child(said, environment, faults, argv):
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # gloo's destructors now and then wait for each other for ever, after the program's last line
+    sys.exit(code)
 
 
 def free_port():

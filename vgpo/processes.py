@@ -6,6 +6,7 @@
 __all__ = ['meet', 'Stop', 'together', 'dealt', 'in_order', 'joined', 'exchanged']
 
 # %% ../nbs/22_processes.ipynb #c003
+import atexit
 import math
 import os
 import warnings
@@ -33,6 +34,7 @@ def meet(reward_timeout, **options):
     if accelerator.num_processes != started:
         raise ValueError(f"WORLD_SIZE is {started}, but this process found {accelerator.num_processes} and would train "
                          "alone; start with accelerate launch, torchrun, or as launch/slurm.sh does")
+    if started > 1: atexit.register(id, torch.distributed.group.WORLD)  # not used: held until the program's end
     return accelerator
 
 # %% ../nbs/22_processes.ipynb #c008
