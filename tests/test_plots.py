@@ -149,7 +149,7 @@ def test_table_has_a_row_a_task_and_errors_where_they_are_known():
     assert describe(SUMMARY) == "strict 0.250 ± 0.020, score 0.500" and describe({"score": 0.5}) == "score 0.500"
 
 
-def write_trial(folder, judged=True, **more):
+def write_trial(folder, judged=True, lora_rank=8, **more):
     "A report of twenty grey pictures, before and after; returns its text and its results."
     summary = SUMMARY if judged else {"score": 0.5, "images": 20}
     result = SimpleNamespace(
@@ -157,7 +157,7 @@ def write_trial(folder, judged=True, **more):
         rows=[{"prompt": f"prompt {i}", "tag": "ab"[i % 2]} for i in range(20)],
         change_from=lambda other: {"score": {"change": 0.0, "stderr": 0.0}})  # fmt: skip
     config = SimpleNamespace(
-        name="trial", seed=3, advantage=SimpleNamespace(kind="vgpo"),
+        name="trial", seed=3, advantage=SimpleNamespace(kind="vgpo"), model=SimpleNamespace(lora_rank=lora_rank),
         evaluation=SimpleNamespace(steps=20, guidance_scale=1.0),
         sampling=SimpleNamespace(groups=2, group_size=4))  # fmt: skip
     metrics = [{"epoch": 0, "reward": 0.5}]
@@ -173,6 +173,12 @@ def test_report_names_its_pictures_and_its_numbers(tmp_path, judged):
         assert f"]({name})" in text and (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert results["seconds"] == 12.3 and results["after"] == (SUMMARY if judged else {"score": 0.5, "images": 20})
     assert results["warnings"] == [] and "arning" not in text
+
+
+@pytest.mark.parametrize("lora_rank, folder, other", [(8, "lora", "transformer"), (0, "transformer", "lora")])
+def test_report_says_where_the_weights_are(tmp_path, lora_rank, folder, other):
+    text = write_trial(tmp_path, lora_rank=lora_rank)[0]
+    assert f"in `{folder}/`" in text and f"`{other}/`" not in text
 
 
 def test_report_begins_with_its_warnings(tmp_path):

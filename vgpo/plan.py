@@ -59,8 +59,8 @@ class Batches:
     def __str__(self):
         passes = " and ".join(f"{self.sizes.count(size)} of {size}" for size in dict.fromkeys(self.sizes))
         return (f"{self.images} images an epoch, {self.images // self.processes} in each of {self.processes} "
-                f"process{'es' * (self.processes > 1)}; {self.updates} updates of {self.images // self.updates}, "
-                f"{self.share} a process, in passes: {passes}")
+                f"process{'es' * (self.processes > 1)}; {self.updates} update{'s' * (self.updates > 1)} of "
+                f"{self.images // self.updates}, {self.share} a process, in passes: {passes}")
 
 # %% ../nbs/39_plan.ipynb #c007
 def neighbours(value, fits):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LETTER', 'CURVES', 'HELD_OUT', 'REPORT', 'wrap_caption', 'image_grid', 'line_count', 'check_grid', 'frame',
            'trailing_mean', 'logged', 'training_curves', 'evenly_spaced', 'sheet_cell', 'before_after', 'describe',
-           'results_table', 'exam_note', 'write_report']
+           'results_table', 'exam_note', 'weights_note', 'write_report']
 
 # %% ../nbs/21_plots.ipynb #c002
 import json
@@ -184,7 +184,7 @@ steps at guidance {guidance}. ± is one standard error; that of the change uses 
 
 ![Curves: thin, each epoch; thick, the mean of ten](curves.png)
 
-The LoRA is in `lora/`: `pipe.load_lora_weights("lora")` in plain diffusers.
+{weights}
 Draw with it: `python -m vgpo.generate --run {folder} "a prompt"`.
 """
 
@@ -195,6 +195,13 @@ def exam_note(before, after, change):
     error = f" ± {change[key]['stderr']:.3f}" if key in change else ""
     return (f"the whole exam, {before['images']} images: {name} {before[key]:.3f} before, {after[key]:.3f} after "
             f"({after[key] - before[key]:+.3f}{error})")
+
+
+def weights_note(model):
+    "Where a run keeps what it trained, and how plain diffusers reads it, by its ModelConfig."
+    if model.lora_rank: return "The LoRA is in `lora/`: `pipe.load_lora_weights(\"lora\")` in plain diffusers."
+    return ("The whole network is in `transformer/`: in plain diffusers, "
+            "`pipe.transformer = type(pipe.transformer).from_pretrained(\"transformer\")`.")
 
 
 def write_report(folder, config, before, after, metrics, seconds, prompts, warnings=()):
@@ -214,5 +221,5 @@ def write_report(folder, config, before, after, metrics, seconds, prompts, warni
         name=config.name, kind=config.advantage.kind, seed=config.seed, epochs=len(metrics), folder=folder,
         groups=config.sampling.groups, group_size=config.sampling.group_size, seconds=seconds,
         images=before.summary["images"], steps=config.evaluation.steps, guidance=config.evaluation.guidance_scale,
-        table=results_table(before.summary, after.summary, change),
+        table=results_table(before.summary, after.summary, change), weights=weights_note(config.model),
         warnings=f"## Warnings\n\n{section}\n## Results\n\n" if section else ""), encoding="utf-8")

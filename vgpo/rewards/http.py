@@ -88,7 +88,7 @@ def beginning(text: str | bytes, length: int = 200) -> str:
 def json_object(answer: requests.Response) -> dict:
     "The JSON object of an answer; CallError, with the answer's beginning, for any other status or content."
     if answer.status_code != 200:
-        hint = " (see that key_env names the variable with the right key)" if answer.status_code in (401, 403) else ""
+        hint = f" (is the right key in {KEY_ENV}, or where key_env says?)" if answer.status_code in (401, 403) else ""
         raise CallError(f"{answer.url} answered {answer.status_code}{hint}: {beginning(answer.content)}")
     try: value = json.loads(answer.content)
     except (ValueError, RecursionError): value = None
