@@ -21,6 +21,7 @@ import time
 import traceback
 
 MOMENTS = {
+    "load": ("vgpo.run", "make_policy"),
     "config": ("vgpo.run", "save_config"),  # the folder is made, config.yaml is not
     "rollout": ("vgpo.train", "roll"),
     "reward": ("tiny_rewards", "brightness"),  # its first call judges the held-out images before training

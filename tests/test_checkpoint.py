@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vgpo.checkpoint
-from vgpo.checkpoint import checkpoints, newest_whole, read_checkpoint, save_checkpoint
+from vgpo.checkpoint import checkpoints, newest_whole, read_checkpoint, save_checkpoint, supplant
 from vgpo.config import replace_text
 
 
@@ -113,6 +113,26 @@ def test_two_kills_in_a_row(monkeypatch, tmp_path):
             assert epoch_of(folder) in (kept, 3)
             pairs += 1
     assert pairs == 12 * 13
+
+
+def test_a_kill_leaves_one_of_the_best(monkeypatch, tmp_path):
+    for n in range(1, 100):
+        folder = tmp_path / str(n)
+
+        def supplanted(epoch, folder=folder):
+            (folder / "new").mkdir(parents=True, exist_ok=True)
+            (folder / "new" / "weights").write_text(f"those of epoch {epoch}")
+            supplant(folder / "new", folder / f"epoch-{epoch}")
+
+        supplanted(1)
+        killed = kill_at(monkeypatch, n, lambda: supplanted(2))
+        found = {path.name[6:]: (path / "weights").read_text() for path in folder.glob("epoch-*")}
+        assert found and all(text == f"those of epoch {epoch}" for epoch, text in found.items())
+        supplanted(3)
+        assert [path.name for path in folder.iterdir()] == ["epoch-3"]
+        if not killed:
+            break
+    assert n > 5 and list(found) == ["2"]
 
 
 def test_the_newest_are_kept(tmp_path):

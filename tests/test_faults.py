@@ -129,6 +129,14 @@ def test_asked_to_stop(run, unbroken, fault, saved):
     goes_on(run, unbroken)
 
 
+def test_asked_to_stop_while_the_model_is_loaded(run, unbroken):
+    assert run.start(("load", 1, "SIGTERM")) == (75, "stopped before training began; start it again as you did")
+    assert not run.folder.exists()
+    assert run.start(("rollout", 3, "SIGKILL"))[0] == -9
+    assert run.resume(("load", 1, "SIGINT"))[0] == 75
+    goes_on(run, unbroken)
+
+
 def test_asked_to_stop_when_all_is_trained(run, unbroken):
     code, said = run.start(("report", 1, "SIGTERM"))
     assert code == 0 and "report in" in said

@@ -33,7 +33,7 @@ def test_defaults_stop_nothing_and_ask_for_no_extra_work():
     guard = GuardConfig()
     assert (guard.patience, guard.kl_budget, guard.quality, guard.quality_options) == (0, 0, None, {})
     rows = [row | {"kl": 1e9, "zero_std": 0.5} for row in exams([0.9, 0.1, 0.1, 0.1])]
-    assert reason_to_stop(rows, guard) is None and report_warnings(rows, guard) == []
+    assert reason_to_stop(rows, guard) is None and report_warnings(rows[:1], guard) == []
 
 
 @pytest.mark.parametrize("kl, stops", [(0.25, False), (0.2501, True), (math.inf, True), (NAN, False), (None, False)])
@@ -139,6 +139,15 @@ def test_a_run_ends_in_the_same_epoch_wherever_it_was_interrupted():
         ends.add(end(0))
         assert {end(k) for k in range(end(0) + 1)} == {end(0)}
     assert len(ends) > 5
+
+
+@pytest.mark.parametrize("scores, warns", [([], False), ([0.5], False), ([0.5, 0.75, 0.625], False),
+                                           ([0.5, 0.75, 0.5625], True), ([0.75, 0.5, 0.875], False)])  # fmt: skip
+def test_a_report_says_where_the_best_weights_are_if_it_has_not_ended_there(scores, warns):
+    told = report_warnings(exams(scores), GuardConfig())
+    assert bool(told) == warns
+    if warns:
+        assert "0.562 ± 0.125, but was 0.750 at epoch 5" in told[0] and told[0].endswith("best/epoch-00005")
 
 
 def test_heldout_metrics_of_a_result_carry_the_paired_error():

@@ -251,6 +251,31 @@ def test_guards_end_a_run_and_the_report_says_why(options, tmp_path):
     assert results["epochs"] == 4 and not any("ended after" in text for text in results["warnings"])
 
 
+def test_the_weights_of_the_highest_held_out_score_are_kept(options, monkeypatch):
+    held_out, evaluate = [0.5, 0.75, 0.625, 0.75, 0.875], program.evaluate_run  # before epochs 0 to 3, and in the end
+
+    def evaluated(run):
+        result = evaluate(run)
+        result.summary["score"] = held_out[run.epoch]
+        return result
+
+    monkeypatch.setattr(program, "evaluate_run", evaluated)
+    run = make_run(options, "--evaluation.every=1", "--keep_checkpoints=9")
+    run.before = evaluated(run)
+    train(run)
+
+    def best_is(epoch, folder):
+        "Whether the best weights are those of this epoch, as they are in the folder."
+        (best,) = (run.folder / "best").iterdir()
+        one, other = (load_file(path / "lora" / "pytorch_lora_weights.safetensors") for path in (best, folder))
+        return best.name == epoch and all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+
+    assert best_is("epoch-00001", run.folder / "checkpoints/epoch-00001")
+    assert not best_is("epoch-00001", run.folder / "checkpoints/epoch-00002")
+    program.finish(run)
+    assert best_is("epoch-00004", run.folder)
+
+
 def test_scoring_in_a_thread_changes_nothing(options):
     def trained(*more):
         run = make_run(options, *more)

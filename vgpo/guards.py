@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GuardConfig', 'heldout_metrics', 'known', 'hacked', 'quality_warning', 'kl_reason', 'mark_and_since',
-           'patience_reason', 'spread_warning', 'reason_to_stop', 'report_warnings']
+           'patience_reason', 'decline_warning', 'spread_warning', 'reason_to_stop', 'report_warnings']
 
 # %% ../nbs/45_guards.ipynb #c003
 import math
@@ -93,6 +93,16 @@ def patience_reason(rows, patience):
             f"(guard.patience {patience})")
 
 # %% ../nbs/45_guards.ipynb #c036
+def decline_warning(rows):
+    "A sentence if the last evaluation is below the highest one by more than its standard error, else None."
+    measured = known(rows, "heldout_score", "heldout_score_stderr")
+    if not measured: return None
+    last, best = measured[-1], max(measured, key=lambda row: row["heldout_score"])
+    if last["heldout_score"] + last["heldout_score_stderr"] >= best["heldout_score"]: return None
+    return (f"past its best: the held-out score is {last['heldout_score']:.3f} ± {last['heldout_score_stderr']:.3f}, but was "
+            f"{best['heldout_score']:.3f} at epoch {best['epoch']}, whose weights are in best/epoch-{best['epoch']:05d}")
+
+# %% ../nbs/45_guards.ipynb #c039
 def spread_warning(rows, limit, epochs=5):
     "A sentence if the mean `zero_std` of the last epochs is above the limit, else None; also if these are fewer."
     last = known(rows, "zero_std")[-epochs:]
@@ -101,7 +111,7 @@ def spread_warning(rows, limit, epochs=5):
             f"the groups (guard.zero_std {limit:g}); GRPO learns nothing from these, and VGPO what its anchor says: "
             "take harder prompts, larger groups, or a reward with finer steps")
 
-# %% ../nbs/45_guards.ipynb #c039
+# %% ../nbs/45_guards.ipynb #c042
 def reason_to_stop(rows, guard):
     """Why a run should end whose metrics so far are `rows`, dicts as in metrics.jsonl: a sentence, or None to go on.
 
@@ -112,4 +122,5 @@ def reason_to_stop(rows, guard):
 
 def report_warnings(rows, guard):
     "What a report has to warn of, as a list of sentences with their evidence; the arguments are as in reason_to_stop."
-    return [text for text in (quality_warning(rows, guard), spread_warning(rows, guard.zero_std)) if text]
+    return [text for text in (quality_warning(rows, guard), spread_warning(rows, guard.zero_std),
+                        decline_warning(rows)) if text]

@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from .advantages import group_stats
-from .checkpoint import newest_whole, read_checkpoint, save_checkpoint
+from .checkpoint import flush, newest_whole, read_checkpoint, save_checkpoint
 from .config import parse_config, replace_text, save_config
 from .evaluate import Result, draw, make_policy, summarise
 from .plan import config_batches
@@ -223,6 +223,7 @@ def log_epoch(run, stats, rewards, group, advantages, raw, strict):
         **{f"{phase}_s": round(s, 4) for phase, s in run.seconds.items()}}
     if run.accelerator.is_main_process:
         with open(run.folder / "metrics.jsonl", "a") as log: log.write(json.dumps(metrics) + "\n")
+        flush(run.folder / "metrics.jsonl")  # a checkpoint may follow, and must not outlive its epochs' lines
     run.accelerator.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=run.epoch)
     return metrics
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RATIO_TOLERANCE', 'RESUMABLE', 'TrainingError', 'Batch', 'sample', 'roll', 'scored_columns', 'fill_columns', 'judge',
            'enter', 'credit', 'assign', 'learning_rate', 'update', 'backward', 'apply_gradient', 'check_ratio',
-           'train_epoch', 'held_out_scores', 'train', 'logged', 'ended', 'finish', 'stoppable', 'run_all', 'main']
+           'train_epoch', 'held_out_scores', 'highest', 'keep_best', 'train', 'logged', 'ended', 'finish', 'handled',
+           'leave', 'stoppable', 'run_all', 'main']
 
 # %% ../nbs/24_train.ipynb #c003
 import json
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .advantages import group_relative, value_anchored
+from .checkpoint import supplant
 from .evaluate import weights_folder
 from .guards import heldout_metrics, reason_to_stop, report_warnings
 from .losses import clipped_surrogate
@@ -253,7 +255,23 @@ def held_out_scores(run):
     every = run.config.evaluation.every
     if not every or run.epoch % every: return {}
     now = evaluate_run(run)
+    keep_best(run, now.summary["score"])
     return heldout_metrics(now.summary, now.change_from(run.before) if run.before else {})
+
+
+def highest(run, score):
+    "Whether no held-out score was as high so far, that before training included."
+    earlier = [row["heldout_score"] for row in logged(run) if "heldout_score" in row]
+    if run.before: earlier.append(run.before.summary["score"])
+    return score > max(earlier, default=-math.inf)
+
+
+def keep_best(run, score):
+    "Save the weights that were evaluated in `best/epoch-NNNNN` if their score is the highest; earlier ones there go."
+    if not told(run.accelerator, lambda: highest(run, score)): return
+    main, fresh = run.accelerator.is_main_process, run.folder / "best" / "new"
+    with averaged(run): run.policy.save(weights_folder(fresh, run.config.model), write=main)
+    if main: supplant(fresh, fresh.with_name(f"epoch-{run.epoch:05d}"))
 
 # %% ../nbs/24_train.ipynb #c034
 def train(run):
@@ -290,6 +308,7 @@ def ended(run):
 def finish(run):
     "Evaluate, save what was trained for plain diffusers, and write the report."
     after = evaluate_run(run)
+    if run.config.evaluation.every: keep_best(run, after.summary["score"])
     with averaged(run):
         run.policy.save(weights_folder(run.folder, run.config.model), write=run.accelerator.is_main_process)
     if run.accelerator.is_main_process:
@@ -307,6 +326,21 @@ RESUMABLE = 75  # the exit code of a run that was stopped and can go on
 
 
 @contextmanager
+def handled(handler):
+    "Within this context SIGINT and SIGTERM call `handler(number, frame)`."
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try: yield
+    finally:
+        for number, handler in previous.items(): signal.signal(number, handler)
+
+
+def leave(*_):
+    "Exit while there is nothing to save."
+    tqdm.write("stopped before training began; start it again as you did")
+    sys.exit(RESUMABLE)
+
+
+@contextmanager
 def stoppable(run):
     "Within this context SIGINT and SIGTERM ask the run to stop; a SIGINT thereafter ends the program at once."
     def stop(number, _):
@@ -315,10 +349,7 @@ def stoppable(run):
         run.stopping = True
         if run.accelerator.is_main_process:
             tqdm.write("stopping: a checkpoint is written first (Ctrl-C again to abort)")
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try: yield
-    finally:
-        for number, handler in previous.items(): signal.signal(number, handler)
+    with handled(stop): yield
 
 # %% ../nbs/24_train.ipynb #c039
 def run_all(run):
@@ -345,7 +376,8 @@ def main(argv=None):
     quiet()
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--plan" in argv: return show_plan([word for word in argv if word != "--plan"])
-    try: run = start(argv)
+    try:
+        with handled(leave): run = start(argv)
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
     if run.accelerator.is_main_process: tqdm.write(str(run.shares))
     try: run_all(run)
