@@ -15,6 +15,9 @@
 set -u
 run=${RUN:-runs/slurm-$SLURM_JOB_ID}
 
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8}  # srun no longer takes it from the lines above
+# A job that ended while it was loading leaves a folder that is no run yet, and would keep its name taken.
+if [ -d "$run" ] && [ ! -f "$run/config.yaml" ]; then mv "$run" "$run.dead-$(date +%s)"; fi
 # 600 s before the end every task gets SIGTERM: the run writes a checkpoint and ends with exit code 75, "go on later".
 if [ -f "$run/config.yaml" ]; then
   words=(--resume "$run")
