@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -154,3 +155,27 @@ def test_two_rewards_of_one_kind_are_told_apart_by_a_label():
         make_reward("jpg@fine")
     with pytest.raises(ValueError, match="reward 'jpeg@fine' cannot be made: .*'quallity'"):
         make_reward("jpeg@fine", quallity=50)
+
+
+def leaves(images, prompts, metadata):
+    raise SystemExit(0)
+
+
+GOOD = torch.zeros(2)
+
+
+@pytest.mark.parametrize("judge, message", [
+    (leaves, "failed on 2 pictures .*SystemExit"),
+    (lambda *_: Scores(GOOD.double(), GOOD), "raw scores that are no torch.float32 tensor"),
+    (lambda *_: Scores(GOOD, GOOD.long()), "scaled scores that are no torch.float32 tensor"),
+    (lambda *_: Scores(GOOD, GOOD.numpy()), "scaled scores that are no torch.float32 tensor"),
+    (lambda *_: Scores(GOOD, GOOD.clone().requires_grad_()), "without gradient"),
+    (lambda *_: Scores(GOOD, GOOD, GOOD), "strict scores that are no torch.bool tensor"),
+])  # fmt: skip
+def test_scores_of_another_kind_and_judges_that_leave_are_errors(judge, message):
+    class Judge:
+        name, scale, version = "mine", "none", "1"
+        __call__ = staticmethod(lambda *given: replace(judge(*given), details=[{}, {}]))
+
+    with pytest.raises(RewardError, match=f"reward 'mine' .*{message}"):
+        score(Judge(), np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])

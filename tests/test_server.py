@@ -389,7 +389,7 @@ def test_the_key_is_asked_for_and_compared_in_constant_time(monkeypatch, no_wait
                 assert reply.status_code == 401 and reply.headers["WWW-Authenticate"] == "Bearer"
                 assert "swordfish" not in reply.text
         assert (b"guess", b"swordfish") in compared
-        with pytest.raises(CallError, match="answered 401 .*key_env names"):
+        with pytest.raises(CallError, match="answered 401 .*key_env says"):
             RemoteReward(url)
         monkeypatch.setenv("VGPO_REWARD_KEY", "swordfish")
         remote = RemoteReward(url)

@@ -77,6 +77,10 @@ def check_scores(name, scores, prompts):
         raise RewardError(f"reward {name!r} returned {type(scores).__name__}: return a vgpo.rewards.base.Scores")
     parts = {"raw": scores.raw, "scaled": scores.scaled} | ({} if scores.strict is None else {"strict": scores.strict})
     for key, values in parts.items():
+        kind = torch.bool if key == "strict" else torch.float32
+        if not isinstance(values, torch.Tensor) or values.dtype != kind or values.requires_grad or values.is_meta:
+            raise RewardError(f"reward {name!r} returned {key} scores that are no {kind} tensor without gradient: make "
+                              "them one")
         if tuple(values.shape) != (len(prompts),):
             raise RewardError(f"reward {name!r} returned {key} scores of shape {tuple(values.shape)} "
                               f"for {len(prompts)} pictures: return one number a picture")
@@ -122,7 +126,7 @@ def score(reward: Reward, images: np.ndarray, prompts: list[str], metadata: list
     def call(): return reward(images, prompts, metadata)
     try:
         scores = call() if timeout is None else run_with_timeout(call, timeout)
-    except Exception as e:  # a reward is foreign code and may raise anything: say which one it was, and on what
+    except (Exception, SystemExit) as e:  # a reward is foreign code and may raise anything: say which one, and on what
         raise RewardError(f"reward {reward.name!r} failed on {len(prompts)} pictures "
                           f"(first prompt {prompts[0]!r}): {type(e).__name__}: {e}") from e
     check_scores(reward.name, scores, prompts)

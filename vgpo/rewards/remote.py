@@ -8,8 +8,8 @@ __all__ = ['KINDS', 'column', 'identity', 'check_identity', 'parts_of', 'read_sc
 # %% ../../nbs/33_server_client.ipynb #c003
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from multiprocessing.pool import ThreadPool  # its threads do not keep the program from ending, whatever a server does
 
 import torch
 
@@ -79,7 +79,7 @@ class RemoteReward:
         for key, value in {"batch_size": batch_size, "concurrency": concurrency}.items():
             if value < 1: raise ValueError(f"{key} must be at least 1, got {value}")
         self.endpoint = Endpoint(url, key_env or (KEY_ENV if KEY_ENV in os.environ else None), **network)
-        self.batch_size, self.format, self.pool = batch_size, format, ThreadPoolExecutor(concurrency)
+        self.batch_size, self.format, self.pool = batch_size, format, ThreadPool(concurrency)
         self.known = identity(self.endpoint)
         self.name = f"remote-{self.known['reward']}"
         self.scale, self.version = self.known["scale"], self.known["version"]
@@ -87,7 +87,7 @@ class RemoteReward:
     def __call__(self, images, prompts, metadata):
         starts = range(0, len(images), self.batch_size)
         pieces = [[part[i : i + self.batch_size] for part in (images, prompts, metadata)] for i in starts]
-        answers = list(self.pool.map(lambda piece: ask(self, *piece), pieces))
+        answers = self.pool.map(lambda piece: ask(self, *piece), pieces)
         scores = read_scores(answers, [len(piece[0]) for piece in pieces])
         for name, part in {self.name: scores, **scores.parts}.items(): check_scores(name, part, prompts)
         return scores
