@@ -107,7 +107,7 @@ def main(argv=None):
     parser.add_function_arguments(generate_files, skip={"prompts"})
     quiet()
     try: generate_files(**parser.parse_args(argv).as_dict())
-    except (ValueError, OSError) as e: sys.exit(f"error: {e}")
+    except (ValueError, OSError, FloatingPointError) as e: sys.exit(f"error: {e}")
 
 # %% ../nbs/25_generate.ipynb #c033
 if __name__ == "__main__" and "__file__" in globals(): main()

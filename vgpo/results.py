@@ -272,7 +272,7 @@ def main(argv=None):
     given = make_parser().parse_args(argv).as_dict()
     advice = f"; what is done stays in {given['output']}: run the same command again" if given["output"] else ""
     try: run_program(given)
-    except (ValueError, OSError, ImportError) as e: sys.exit(f"error: {e}")
+    except (ValueError, OSError, FloatingPointError, ImportError) as e: sys.exit(f"error: {e}")
     except RewardError as e: sys.exit(f"error: {e}{advice}")
     except torch.OutOfMemoryError: sys.exit(f"error: the accelerator's memory is full; lower --batch_size{advice}")
     except KeyboardInterrupt: sys.exit(f"stopped{advice}")
