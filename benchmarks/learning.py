@@ -113,7 +113,7 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--every", type=int, default=5, help="epochs from one held-out evaluation to the next")
-    parser.add_argument("--figure", default=str(Path(__file__).parent.parent / "docs" / "learning.png"))
+    parser.add_argument("--figure", default="learning.png", help="docs/learning.png renews the one that is shown there")
     own, more = parser.parse_known_args(argv)
     curves = {kind: [] for kind in METHODS}
     try:

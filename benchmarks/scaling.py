@@ -199,7 +199,7 @@ def make_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--epochs", type=int, default=3, help="epochs that count, after one that does not")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, one epoch")
-    parser.add_argument("--figure", default=str(Path(__file__).parent.parent / "docs" / "scaling.png"))
+    parser.add_argument("--figure", default="scaling.png", help="docs/scaling.png renews the one that is shown there")
     parser.add_argument("--worker", help="internal: the file that a process of a point writes")
     parser.add_argument("--paper", action="store_true", help="print the extrapolation instead")
     parser.add_argument("--recipe", default="sd35-geneval", help="of --paper, as are the following")
