@@ -210,6 +210,15 @@ def test_the_one_before_a_damaged_one_is_used_and_the_damage_named(tmp_path, nam
     assert epoch_of(tmp_path) == 2
 
 
+def test_a_file_that_cannot_be_read_counts_as_damaged(tmp_path):
+    save_epoch(tmp_path, 1)
+    path = save_epoch(tmp_path, 2) / "state.safetensors"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # reading it is an I/O error, as of a bad sector
+    with pytest.warns(UserWarning, match="state.safetensors cannot be read: Input/output error"):
+        assert epoch_of(tmp_path) == 1
+
+
 def test_nothing_whole_is_an_error_and_nothing_at_all_is_a_beginning(tmp_path):
     assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "nowhere") is None
     for epoch in (1, 2):

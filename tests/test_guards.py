@@ -148,6 +148,7 @@ def test_a_report_says_where_the_best_weights_are_if_it_has_not_ended_there(scor
     assert bool(told) == warns
     if warns:
         assert "0.562 ± 0.125, but was 0.750 at epoch 5" in told[0] and told[0].endswith("best/epoch-00005")
+    assert report_warnings(exams([0.75, 0.5]), GuardConfig())[0].endswith("0.750 before training")
 
 
 def test_heldout_metrics_of_a_result_carry_the_paired_error():

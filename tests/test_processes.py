@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from fractions import Fraction
 from math import sqrt
@@ -232,3 +233,14 @@ def test_a_second_sigterm_does_not_abort_the_stop_but_ctrl_c_does():
         assert run.stopping
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "setting", [("MIXED_PRECISION", "bf16"), ("GRADIENT_ACCUMULATION_STEPS", "4"), ("DYNAMO_BACKEND", "EAGER")]
+)
+def test_what_a_launcher_adds_to_the_recipe_has_no_effect(setting):
+    says = "print(a.mixed_precision, a.gradient_accumulation_steps, a.state.dynamo_plugin.backend.value)"
+    command = [sys.executable, "-c", f"from vgpo.processes import meet; a = meet(1.0); {says}"]
+    environment = os.environ | {f"ACCELERATE_{setting[0]}": setting[1]}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["no", "1", "NO"], done.stdout

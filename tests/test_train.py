@@ -276,6 +276,63 @@ def test_the_weights_of_the_highest_held_out_score_are_kept(options, monkeypatch
     assert best_is("epoch-00004", run.folder)
 
 
+def test_pictures_that_are_not_finite_end_the_run_with_its_state(options, monkeypatch, capsys):
+    run = make_run(options)
+    train_epoch(run)
+    run.epoch = 1
+    real, calls = run.policy.pixels, []
+
+    def pixels(*args):
+        calls.append(0)
+        return real(*args) * (float("nan") if len(calls) > 8 else 1)  # the evaluation before training takes 2 of them
+
+    monkeypatch.setattr(run.policy, "pixels", pixels)
+    with pytest.raises(SystemExit) as end:
+        program.run_all(run)
+    assert str(end.value).startswith("error: a picture has values that are not finite")
+    assert (
+        "go on from epoch 1 with" in str(end.value) and newest_whole(run.folder / "checkpoints").name == "epoch-00001"
+    )
+
+
+def test_a_ratio_that_is_not_finite_is_skipped_and_the_next_one_checked(options):
+    run = make_run(options)
+    program.check_ratio(run, float("nan"))
+    with pytest.raises(program.TrainingError, match="do not compute the same velocity"):
+        program.check_ratio(run, 0.1)
+    program.check_ratio(run, 0.0)
+    program.check_ratio(run, 0.1)  # after the first update it may differ
+
+
+def test_statistics_do_not_depend_on_the_size_of_passes(options):
+    "Shares of 4 in passes of 4, or of 3 and 1: means over samples, not over passes."
+    more = ["--guard.kl_budget=1e9", "--advantage.clip=1.0"]
+    one, other = (train_epoch(make_run(options, *more, f"--sampling.batch_size={size}")) for size in (4, 3))
+    for key in ("loss", "kl", "approx_kl", "clip_frac"):
+        assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-9), key
+    assert one["approx_kl"] > 0
+
+
+def test_other_prompts_than_before_are_refused(options, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a red circle\na photo of a blue square\n")
+    main([*options, f"--prompts.train={prompts}", "--epochs=1"])
+    prompts.write_text("a photo of a red circle\na photo of a green square\n")
+    with pytest.raises(SystemExit, match="error: prompts.train no longer gives the prompts of the checkpoint"):
+        main(["--resume", str(tmp_path / "tiny-geneval"), "--epochs=2"])
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run():
+    reading, writing = os.pipe()
+    stream = program.Lasting(os.fdopen(writing, "w"))
+    stream.write("heard\n")
+    os.close(reading)
+    for _ in range(3):
+        stream.write("not heard\n")
+        stream.flush()
+    assert stream.isatty() is False and stream.stream.fileno() == writing
+
+
 def test_scoring_in_a_thread_changes_nothing(options):
     def trained(*more):
         run = make_run(options, *more)
@@ -287,11 +344,18 @@ def test_scoring_in_a_thread_changes_nothing(options):
 
 
 @pytest.mark.parametrize("overlap", ["true", "false"])
-def test_a_failing_reward_is_noticed_in_a_thread_too(options, overlap):
-    run = make_run(options, f"--reward.overlap={overlap}")
+def test_a_failing_reward_is_noticed_in_a_thread_too(options, monkeypatch, overlap):
+    run, real, rolled = make_run(options, f"--reward.overlap={overlap}", "--sampling.batch_size=1"), program.roll, []
+
+    def roll(*args):
+        rolled.append(0)
+        return real(*args)
+
+    monkeypatch.setattr(program, "roll", roll)
     run.reward = program_reward("broken")
     with pytest.raises(RewardError, match="the judge is out"):
         train_epoch(run)
+    assert len(rolled) < 4  # of 8: nobody goes on for long
 
 
 def test_credit_is_grpo_or_vgpo():

@@ -182,7 +182,7 @@ def main(argv=None):
             runs = {name: make_run(own.recipe, kind, Path(folder) / name, options)
                     for name, (kind, options) in methods.items()}
             print("\n".join(bench_lines(own.recipe, runs, own.epochs)))
-    except (ValueError, OSError, RewardError, TrainingError) as e: sys.exit(f"error: {e}")
+    except (ValueError, OSError, FloatingPointError, RewardError, TrainingError) as e: sys.exit(f"error: {e}")
 
 # %% ../nbs/26_bench.ipynb #c023
 if __name__ == "__main__" and "__file__" in globals(): main()

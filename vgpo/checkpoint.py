@@ -61,7 +61,7 @@ def save_checkpoint(folder, tensors, state, keep=2, also=None):
         if also: also(fresh)
         sums = "".join(f"{digest(path)}  {path.relative_to(fresh)}\n" for path in files_in(fresh))
         (fresh / "SHA256SUMS").write_text(sums)
-        for path in (*files_in(fresh), fresh): flush(path)
+        for path in (*fresh.rglob("*"), fresh): flush(path)
         if final.exists(): shutil.rmtree(final)  # saved anew, as by a run that went back behind it
         fresh.rename(final)
     finally: shutil.rmtree(fresh, ignore_errors=True)  # gives a full disk its space back
@@ -72,7 +72,7 @@ def save_checkpoint(folder, tensors, state, keep=2, also=None):
 # %% ../nbs/20_checkpoint.ipynb #c012
 def supplant(fresh, final):
     "Give the written folder `fresh` the name `final`, then delete all that is beside it."
-    for path in (*files_in(fresh), fresh): flush(path)
+    for path in (*fresh.rglob("*"), fresh): flush(path)
     if final.exists(): shutil.rmtree(final)  # the same weights, evaluated again after a fault
     fresh.rename(final)
     flush(final.parent)
@@ -88,7 +88,9 @@ def damage(path):
     for name in ("state.safetensors", "state.json", *sums):
         if name not in sums: return f"SHA256SUMS does not list {name}"
         if not (path / name).is_file(): return f"{name} is missing"
-        if digest(path / name) != sums[name]: return f"{name} is not what was written"
+        try: same = digest(path / name) == sums[name]
+        except OSError as e: return f"{name} cannot be read: {e.strerror}"
+        if not same: return f"{name} is not what was written"
     return None
 
 

@@ -237,7 +237,7 @@ RANGES = {
     "epochs": "[0, inf)", "samples_every": "[1, inf)", "checkpoint_every": "[1, inf)",
     "keep_checkpoints": "[1, inf)",
     "model.resolution": "[1, inf)", "model.max_sequence_length": "[0, 1024]", "model.lora_rank": "[0, inf)",
-    "model.lora_alpha": "(0, inf)", "model.embedded_guidance": "[0, inf)", "reward.timeout": "(0, inf)", "sampling.noise_level": "(0, inf)",
+    "model.lora_alpha": "(0, inf)", "model.embedded_guidance": "[0, inf)", "reward.timeout": "(0, 1000000]", "sampling.noise_level": "(0, inf)",
     "sampling.steps": "[2, inf)", "sampling.sde_steps": "[1, inf)", "sampling.window_start": "[0, inf)",
     "sampling.window_stop": "[1, inf)", "sampling.window_stride": "[1, inf)", "sampling.window_every": "[1, inf)",
     "sampling.guidance_scale": "[1, inf)",

@@ -99,8 +99,9 @@ def decline_warning(rows):
     if not measured: return None
     last, best = measured[-1], max(measured, key=lambda row: row["heldout_score"])
     if last["heldout_score"] + last["heldout_score_stderr"] >= best["heldout_score"]: return None
+    where = f"at epoch {best['epoch']}, whose weights are in best/epoch-{best['epoch']:05d}" if best["epoch"] else "before training"
     return (f"past its best: the held-out score is {last['heldout_score']:.3f} ± {last['heldout_score_stderr']:.3f}, but was "
-            f"{best['heldout_score']:.3f} at epoch {best['epoch']}, whose weights are in best/epoch-{best['epoch']:05d}")
+            f"{best['heldout_score']:.3f} {where}")
 
 # %% ../nbs/45_guards.ipynb #c039
 def spread_warning(rows, limit, epochs=5):

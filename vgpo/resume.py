@@ -7,6 +7,7 @@ __all__ = ['HARMLESS', 'leaves', 'recipe_changes', 'is_harmless', 'change_lines'
 
 # %% ../nbs/22_resume.ipynb #c003
 import os
+import re
 import socket
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ def leaves(tree, prefix=""):
     "The leaves of nested dicts by dotted name."
     result = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value: result |= leaves(value, f"{prefix}{key}.")
+        if isinstance(value, dict): result |= leaves(value, f"{prefix}{key}.")
         else: result[prefix + key] = list(value) if isinstance(value, tuple) else value
     return result
 
@@ -41,6 +42,8 @@ HARMLESS = {
 
 def is_harmless(option, decay):
     "Whether a run stays what it is if this option changes; `decay` says whether its learning rate decays."
+    part = re.fullmatch(r"reward\.part_options\..+(\.\w+)", option)  # of one judge of several, with its own options
+    option = "reward.options" + part[1] if part else option
     return option.startswith("guard.") or (option in HARMLESS and not (option == "epochs" and decay))
 
 
@@ -59,13 +62,17 @@ def check_changes(changes, decay):
 
 # %% ../nbs/22_resume.ipynb #c010
 def resumed_config(argv):
-    "The (folder, Config) of `--resume RUN [--option value …]`; raises ValueError or FileNotFoundError of one line."
-    if argv[:1] != ["--resume"] or len(argv) < 2 or "--recipe" in argv:
+    """The folder of `--resume RUN [--option value …]`, its Config with these options, and that of its config.yaml.
+
+    Raises ValueError or FileNotFoundError of one line.
+    """
+    if argv[:1] != ["--resume"] or len(argv) < 2 or any(word.split("=")[0] == "--recipe" for word in argv):
         raise ValueError("--resume comes first and takes the folder of a run, whose recipe is in its config.yaml; only "
                          "single options may follow")
     folder = Path(argv[1])
     if not (folder / "config.yaml").is_file(): raise FileNotFoundError(f"{folder} is not a run: it has no config.yaml")
-    return folder, parse_config(["--recipe", str(folder / "config.yaml"), *argv[2:]])
+    recipe = ["--recipe", str(folder / "config.yaml")]
+    return folder, parse_config([*recipe, *argv[2:]]), parse_config(recipe)
 
 # %% ../nbs/22_resume.ipynb #c015
 def lock_run(folder):

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'COUNTERS', 'compile_blocks', 'make_trainable', 'needed_prompts', 'make_quality', 'Run', 'clock',
            'averaged', 'asked_to_stop', 'evaluate_policy', 'evaluate_before', 'evaluate_run', 'named', 'state_tensors',
-           'checkpoint', 'restore', 'cut_log', 'log_epoch', 'save_samples', 'claim_folder', 'versions', 'save_versions',
-           'told', 'start_new', 'start_again', 'start']
+           'prompts_digest', 'checkpoint', 'restore', 'cut_log', 'log_epoch', 'save_samples', 'claim_folder',
+           'versions', 'save_versions', 'told', 'start_new', 'start_again', 'start']
 
 # %% ../nbs/23_run.ipynb #c003
+import hashlib
 import json
+import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -173,24 +175,40 @@ def state_tensors(run):
 COUNTERS = ("epoch", "updates", "skipped_in_row", "skipped", "trained_s")
 
 
+def prompts_digest(run):
+    "What tells the rows of training and test prompts from others: {option: SHA-256}."
+    rows = {"prompts.train": run.rows, "prompts.test": run.test}
+    return {key: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for key, part in rows.items()}
+
+
 def checkpoint(run):
     "Save all that the run depends on, unless it is saved already."
     if run.saved == run.epoch: return
     folder, main = run.folder / "checkpoints", run.accelerator.is_main_process
     tensors, state = state_tensors(run), {key: getattr(run, key) for key in COUNTERS}
-    state |= {"ema_steps": run.ema.optimization_step, "recipe": asdict(run.config)}
-    if run.config.model.lora_rank:
-        with averaged(run): run.policy.save(folder / "lora.part", write=main)
-    def lora(path):
+    state |= {"ema_steps": run.ema.optimization_step, "recipe": asdict(run.config), "prompts": prompts_digest(run)}
+    def also(path):
+        shutil.copy(run.folder / "metrics.jsonl", path)
         if run.config.model.lora_rank: (folder / "lora.part").rename(path / "lora")
-    if main: save_checkpoint(folder, tensors, state, run.config.keep_checkpoints, lora)
-    run.accelerator.wait_for_everyone()  # whoever ended now would have the first process killed amid its writing
+    with together(run.accelerator):  # and none leaves, and has the first process killed, amid its writing
+        try:
+            if run.config.model.lora_rank:
+                with averaged(run): run.policy.save(folder / "lora.part", write=main)
+            if main: save_checkpoint(folder, tensors, state, run.config.keep_checkpoints, also)
+        finally:
+            if main: shutil.rmtree(folder / "lora.part", ignore_errors=True)  # which a full disk leaves
     run.saved = run.epoch
 
 
 def restore(run, path):
-    "Go back to the checkpoint at `path`; what was logged after it is dropped, as it will be logged again."
+    """Go back to the checkpoint at `path`; what was logged after it is dropped, as it will be logged again.
+
+    Raises ValueError if the prompts are others than it was made with.
+    """
     tensors, state = read_checkpoint(path)
+    for option, (old, new) in recipe_changes(state["prompts"], prompts_digest(run)).items():
+        raise ValueError(f"{option} no longer gives the prompts of the checkpoint (SHA-256 of the rows {old[:8]}, now "
+                         f"{new[:8]}): put the file back to resume, or start another run")
     for i, (name, p) in enumerate(named(run).items()):
         p.data.copy_(share(tensors[f"weight.{name}"], p))
         run.ema.shadow_params[i].copy_(share(tensors[f"average.{name}"], p))
@@ -199,14 +217,12 @@ def restore(run, path):
                 key: share(tensors[f"{key}.{name}"], p) for key in ("exp_avg", "exp_avg_sq")}
     for key in COUNTERS: setattr(run, key, state[key])
     run.ema.optimization_step, run.saved = state["ema_steps"], run.epoch
-    if run.accelerator.is_main_process: cut_log(run)
+    if run.accelerator.is_main_process: cut_log(run, path)
 
 
-def cut_log(run):
-    "Drop the lines of metrics.jsonl that belong to epochs from `run.epoch` on."
-    log = run.folder / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    replace_text(log, "".join(f"{line}\n" for line in lines[: run.epoch]))  # one line an epoch
+def cut_log(run, path=None):
+    "Let metrics.jsonl be what it was at a checkpoint, or at the beginning."
+    replace_text(run.folder / "metrics.jsonl", (path / "metrics.jsonl").read_text() if path else "")
 
 # %% ../nbs/23_run.ipynb #c016
 def log_epoch(run, stats, rewards, group, advantages, raw, strict):
@@ -238,10 +254,11 @@ def save_samples(run, images, raw, rows):
 def claim_folder(config):
     "Make a new folder for a run: output/name, numbered where it is taken."
     number = 1
+    Path(config.output).mkdir(parents=True, exist_ok=True)
     while True:
         folder = Path(config.output) / (config.name if number == 1 else f"{config.name}-{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError: number += 1
 
@@ -263,8 +280,9 @@ def save_versions(run):
 
 # %% ../nbs/23_run.ipynb #c023
 def told(accelerator, decide):
-    "What `decide()` says in the first process, in all of them."
-    return broadcast_object_list([decide() if accelerator.is_main_process else None])[0]
+    "What `decide()` says in the first process, in all of them; also if it raises."
+    with together(accelerator): said = decide() if accelerator.is_main_process else None
+    return broadcast_object_list([said])[0]
 
 
 def start_new(argv):
@@ -274,12 +292,13 @@ def start_new(argv):
     folder = Path(told(a, lambda: str(claim_folder(config))))
     try:
         run = Run(config, folder)
-        if a.is_main_process:
-            run.lock = lock_run(folder)
-            (folder / "samples").mkdir()
-            (folder / "metrics.jsonl").touch()
-            save_versions(run)
-            save_config(config, folder / "config.yaml")  # the last one: what has it is a run
+        with together(a):
+            if a.is_main_process:
+                run.lock = lock_run(folder)
+                (folder / "samples").mkdir()
+                (folder / "metrics.jsonl").touch()
+                save_versions(run)
+                save_config(config, folder / "config.yaml")  # the last one: what has it is a run
     finally:
         if a.is_main_process and not any(folder.iterdir()): folder.rmdir()
     return run
@@ -287,22 +306,23 @@ def start_new(argv):
 
 def start_again(argv):
     "The Run of `--resume RUN [--option value …]`, at its newest whole checkpoint, or at its beginning if it has none."
-    folder, config = resumed_config(argv)
+    folder, config, begun = resumed_config(argv)
     a = meet(config.reward.timeout)
-    lock = lock_run(folder) if a.is_main_process else None
+    with together(a): lock = lock_run(folder) if a.is_main_process else None
     path = told(a, lambda: (p := newest_whole(folder / "checkpoints")) and str(p))
-    state = json.loads((Path(path) / "state.json").read_text()) if path else {"recipe": asdict(config), "epoch": 0}
+    state = json.loads((Path(path) / "state.json").read_text()) if path else {"recipe": asdict(begun), "epoch": 0}
     changes, done = recipe_changes(state["recipe"], asdict(config)), state["epoch"]
     check_changes(changes, config.optim.decay)
     if config.epochs < done: raise ValueError(f"{folder} has {done} epochs already; give --epochs {done} or more")
     run = Run(config, folder)
     run.lock = lock
     if path: restore(run, Path(path))
-    if a.is_main_process:
-        for line in change_lines(changes): tqdm.write(f"changed: {line}")
-        if not path: cut_log(run)
-        save_versions(run)
-        save_config(config, folder / "config.yaml")
+    with together(a):
+        if a.is_main_process:
+            for line in change_lines(changes): tqdm.write(f"changed: {line}")
+            if not path: cut_log(run)
+            save_versions(run)
+            save_config(config, folder / "config.yaml")
     return run
 
 
