@@ -39,11 +39,16 @@ class Lost(Exception):
     "Something that must not happen."
 
 
-def whole(run):
-    "The epoch of a run's newest whole checkpoint, 0 if there is none."
+def whole_epochs(run):
+    "The epochs of a run's whole checkpoints; a run that was stopped at once has one of epoch 0."
     from vgpo.checkpoint import checkpoints, damage
 
-    return next((int(path.name[6:]) for path in checkpoints(run.folder / "checkpoints") if not damage(path)), 0)
+    return [int(path.name[6:]) for path in checkpoints(run.folder / "checkpoints") if not damage(path)]
+
+
+def whole(run):
+    "The epoch of a run's newest whole checkpoint, 0 if there is none."
+    return max(whole_epochs(run), default=0)
 
 
 def arguments(run):
@@ -104,7 +109,7 @@ def strike(run, rng, seconds):
     kind = rng.choice(["aimed", "any", "damaged"] if can_damage else ["aimed", "any"])
     if kind == "damaged":
         name, codes = damaged(run, rng)
-        if not whole(run):
+        if not whole_epochs(run):
             raise Lost(f"{name}: no checkpoint is whole")
         return name, True, before - whole(run)
     name, codes = aimed(run, rng) if kind == "aimed" else at_any_time(run, rng, seconds)
@@ -118,7 +123,8 @@ def check(run, name, codes, before, logged):
     said = f"{name}: exit codes {codes}, {run.logged()} epochs logged (before: {logged}), {whole(run)} saved ({before})"
     if whole(run) < before or run.logged() - whole(run) > max(EVERY, logged - before):
         raise Lost(said)
-    if (75 in codes or name in AIMED["reward"][-1] and any(codes)) and run.logged() != whole(run):
+    stopped = 75 in codes and "stopped before training began" not in run.text()  # then there was nothing to save
+    if (stopped or name in AIMED["reward"][-1] and any(codes)) and run.logged() != whole(run):
         raise Lost(said)
     if name.startswith(("SIGTERM", "SIGINT")) and set(codes) not in ({0}, {75}) and not idle:
         raise Lost(f"{said}: {run.text()[-600:]}")
