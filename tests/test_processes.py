@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from equivalence import EIGHT, FAR, SMALL, WHOLE, differences, epochs, final_weights, launch, recorded
 
+import vgpo.processes
 from vgpo.advantages import group_relative, group_stats, value_anchored
 from vgpo.checkpoint import checkpoints, read_checkpoint
 from vgpo.processes import dealt, joined, meet
@@ -244,3 +246,17 @@ def test_what_a_launcher_adds_to_the_recipe_has_no_effect(setting):
     environment = os.environ | {f"ACCELERATE_{setting[0]}": setting[1]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["no", "1", "NO"], done.stdout
+
+
+@pytest.mark.parametrize(
+    "kind, refused", [("DEEPSPEED", True), ("FSDP", True), ("MULTI_GPU", False), ("MULTI_NPU", False)]
+)
+def test_engines_that_train_otherwise_are_refused_and_other_hardware_is_not(monkeypatch, kind, refused):
+    found = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=1)
+    monkeypatch.setattr(vgpo.processes, "Accelerator", lambda **options: found)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if refused:
+        with pytest.raises(ValueError, match=f"the launcher asks for {kind}.*model.shard"):
+            meet(1.0)
+    else:
+        assert meet(1.0) is found

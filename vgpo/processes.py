@@ -42,7 +42,7 @@ def meet(reward_timeout, **options):
     if accelerator.num_processes != started:
         raise ValueError(f"WORLD_SIZE is {started}, but this process found {accelerator.num_processes} and would train "
                          "alone; start with accelerate launch, torchrun, or as launch/slurm.sh does")
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ValueError(f"the launcher asks for {accelerator.distributed_type.value}, which would train otherwise than the "
                          "recipe says: turn it off there (model.shard divides gradients or weights)")
     if started > 1: atexit.register(id, torch.distributed.group.WORLD)  # not used: held until the program's end
