@@ -23,12 +23,12 @@ from unittest.mock import patch
 
 import torch
 
-import vgpo.run
+import vgpo.runs.session
 import vgpo.train
 from vgpo.bench import PHASES, now
 from vgpo.config import parse_config
 from vgpo.plan import blank_condition, make_part, make_pipeline, make_plan, read_configs
-from vgpo.policy import POLICIES, quiet
+from vgpo.policies.base import POLICIES, quiet
 
 
 def brightness(images, prompts, metadata):
@@ -46,7 +46,7 @@ def peak_clock(run, phase):
     "The trainer's clock, with the phase's peak memory besides."
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    with vgpo.run.clock(run, phase):
+    with vgpo.runs.session.clock(run, phase):
         yield
     run.peaks[phase] = max(run.peaks.get(phase, 0), peak_bytes(run.device))
 
@@ -93,9 +93,9 @@ def method_config(own, options, kind, draft):
 
 def measure(config, epochs):
     "Medians over epochs, after one that does not count: seconds by phase and in all, and peak bytes by phase."
-    with tempfile.TemporaryDirectory() as folder, patch.object(vgpo.run, "make_policy", random_policy):
+    with tempfile.TemporaryDirectory() as folder, patch.object(vgpo.runs.session, "make_policy", random_policy):
         (Path(folder) / "samples").mkdir()
-        run, rows = vgpo.run.Run(config, folder), []
+        run, rows = vgpo.runs.session.Run(config, folder), []
         run.peaks = {}
         with patch.object(vgpo.train, "clock", peak_clock):
             for _ in range(epochs + 1):

@@ -28,7 +28,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture
 def policy(tiny_folder):
     "An SD3Policy of the random pipeline, without adapters."
-    from vgpo.policy import SD3Policy, load_pipeline
+    from vgpo.policies.base import SD3Policy, load_pipeline
 
     return SD3Policy(load_pipeline(str(tiny_folder)), max_sequence_length=0)
 

@@ -18,8 +18,8 @@ from unittest import mock
 import numpy as np
 
 import vgpo.train as program
-from vgpo.checkpoint import newest_whole, read_checkpoint
-from vgpo.run import state_tensors
+from vgpo.runs.checkpoint import newest_whole, read_checkpoint
+from vgpo.runs.session import state_tensors
 
 HERE = Path(__file__).parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(HERE.parent / "launch" / "cpu.yaml")]

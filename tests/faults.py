@@ -21,14 +21,14 @@ import time
 import traceback
 
 MOMENTS = {
-    "load": ("vgpo.run", "make_policy"),
-    "config": ("vgpo.run", "save_config"),  # the folder is made, config.yaml is not
+    "load": ("vgpo.runs.session", "make_policy"),
+    "config": ("vgpo.runs.session", "save_config"),  # the folder is made, config.yaml is not
     "rollout": ("vgpo.train", "roll"),
     "reward": ("tiny_rewards", "brightness"),  # its first call judges the held-out images before training
     "update": ("vgpo.train", "backward"),
     "loss": ("vgpo.train", "clipped_surrogate"),
     "log": ("vgpo.train", "checkpoint"),  # its epochs are logged, but not saved yet
-    "save": ("vgpo.checkpoint", "save_file"),
+    "save": ("vgpo.runs.checkpoint", "save_file"),
     "report": ("vgpo.train", "write_report"),
 }
 OPTIONS = [

@@ -41,7 +41,7 @@ class Lost(Exception):
 
 def whole_epochs(run):
     "The epochs of a run's whole checkpoints; a run that was stopped at once has one of epoch 0."
-    from vgpo.checkpoint import checkpoints, damage
+    from vgpo.runs.checkpoint import checkpoints, damage
 
     return [int(path.name[6:]) for path in checkpoints(run.folder / "checkpoints") if not damage(path)]
 
@@ -143,7 +143,7 @@ def tiny_model(folder):
     "A pipeline of the tiny world's shape with random weights."
     import torch
 
-    from vgpo.policy import quiet
+    from vgpo.policies.base import quiet
     from vgpo.world.pretrain import make_autoencoder, make_pipeline
 
     quiet()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import vgpo.checkpoint
-from vgpo.checkpoint import checkpoints, newest_whole, read_checkpoint, save_checkpoint, supplant
+import vgpo.runs.checkpoint
+from vgpo.runs.checkpoint import checkpoints, newest_whole, read_checkpoint, save_checkpoint, supplant
 from vgpo.config import replace_text
 
 
@@ -50,9 +50,9 @@ def kill_at(monkeypatch, n, action):
 
         return call
 
-    save_file, write_text = vgpo.checkpoint.save_file, Path.write_text
+    save_file, write_text = vgpo.runs.checkpoint.save_file, Path.write_text
     with monkeypatch.context() as patch:
-        patch.setattr(vgpo.checkpoint, "save_file", guard(save_file))
+        patch.setattr(vgpo.runs.checkpoint, "save_file", guard(save_file))
         for where, name in (
             (Path, "mkdir"),
             (Path, "write_text"),

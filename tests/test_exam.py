@@ -16,7 +16,7 @@ import torch
 
 from vgpo.config import EvaluationConfig, ModelConfig
 from vgpo.evaluate import evaluate, make_policy
-from vgpo.exam import (
+from vgpo.evaluation.scores import (
     ON_DEVICE,
     Exam,
     complete_scores,
@@ -30,8 +30,8 @@ from vgpo.exam import (
     reward_makers,
     settings_of,
 )
-from vgpo.prompts import load_prompts
-from vgpo.results import main
+from vgpo.prompts.files import load_prompts
+from vgpo.evaluation.compare import main
 from vgpo.rewards.base import REWARDS, RewardError, Scores, imported, make_reward
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from vgpo.flow import ode_sample
 from vgpo.losses import clipped_surrogate
-from vgpo.policy import POLICIES, Condition, load_policy
+from vgpo.policies.base import POLICIES, Condition, load_policy
 from vgpo.rollout import replay, rollout
 from vgpo.sde import FlowSDE
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vgpo.evaluate import Result, summarise
-from vgpo.guards import (
+from vgpo.runs.early_stopping import (
     GuardConfig,
     heldout_metrics,
     patience_reason,

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vgpo.rewards.base import REWARDS, make_reward, score
-from vgpo.rewards.jpeg import JPEG
+from vgpo.rewards.own import JPEG
 
 PAGE = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
 

@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "nbs"
-NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+NOTEBOOKS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.ipynb"))
 TIMEOUT = 300  # seconds a cell
 
 
@@ -33,7 +33,7 @@ def test_executes(folder, monkeypatch, name):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = nbformat.read(folder / name, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not skipped(cell)]
-    NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": (folder / name).parent}}).execute()
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

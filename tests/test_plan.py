@@ -44,8 +44,8 @@ from vgpo.plan import (
     trajectory_bytes,
     working_bytes,
 )
-from vgpo.policy import SD3Policy, load_pipeline, networks
-from vgpo.run import Run, make_trainable
+from vgpo.policies.base import SD3Policy, load_pipeline, networks
+from vgpo.runs.session import Run, make_trainable
 from vgpo.train import assign, judge, sample, update
 
 FULL = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("tiny"))

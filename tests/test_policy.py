@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from vgpo.config import parse_config
 from vgpo.evaluate import generate_images, load_run
 from vgpo.flow import ode_sample
-from vgpo.policy import (
+from vgpo.policies.base import (
     Condition,
     EmbeddingCache,
     Geometry,
@@ -30,7 +30,7 @@ from vgpo.policy import (
     loading,
 )
 from vgpo.rollout import replay, rollout
-from vgpo.run import averaged, evaluate_before, needed_prompts, start
+from vgpo.runs.session import averaged, evaluate_before, needed_prompts, start
 from vgpo.sde import FlowSDE
 from vgpo.train import finish, train, train_epoch
 from vgpo.world.pretrain import make_autoencoder
@@ -481,7 +481,7 @@ def test_freed_text_encoders(tiny_folder, noise, tmp_path, cached):
 def test_the_prompts_that_a_run_needs():
     config = parse_config(["--epochs", "3", "--sampling.groups", "2", "--seed", "5", "--optim.updates", "1"])
     rows, test = [{"prompt": f"p{i}"} for i in range(50)], [{"prompt": "held out"}, {"prompt": "p1"}]
-    from vgpo.prompts import epoch_prompts
+    from vgpo.prompts.files import epoch_prompts
 
     wanted = {f"p{i}" for epoch in range(3) for i in epoch_prompts(50, 2, 5, epoch)} | {"held out", "p1", ""}
     prompts = needed_prompts(config, rows, test)

@@ -7,7 +7,7 @@ import torch
 from tiny_pipelines import tiny_sd3
 from torch.testing import assert_close
 
-from vgpo.policy import SD3Policy, load_policy
+from vgpo.policies.base import SD3Policy, load_policy
 from vgpo.precision import network_bytes, ratio_error
 from vgpo.sde import FlowSDE
 from vgpo.train import RATIO_TOLERANCE

@@ -17,11 +17,11 @@ import torch
 from accelerate.utils import DistributedType
 from equivalence import EIGHT, FAR, SMALL, WHOLE, differences, epochs, final_weights, launch, recorded
 
-import vgpo.processes
+import vgpo.distributed
 from vgpo.advantages import group_relative, group_stats, value_anchored
-from vgpo.checkpoint import checkpoints, read_checkpoint
-from vgpo.processes import dealt, joined, meet
-from vgpo.prompts import load_prompts
+from vgpo.runs.checkpoint import checkpoints, read_checkpoint
+from vgpo.distributed import dealt, joined, meet
+from vgpo.prompts.files import load_prompts
 from vgpo.rewards.base import Scores
 from vgpo.train import main, stoppable
 
@@ -242,7 +242,7 @@ def test_a_second_sigterm_does_not_abort_the_stop_but_ctrl_c_does():
 )
 def test_what_a_launcher_adds_to_the_recipe_has_no_effect(setting):
     says = "print(a.mixed_precision, a.gradient_accumulation_steps, a.state.dynamo_plugin.backend.value)"
-    command = [sys.executable, "-c", f"from vgpo.processes import meet; a = meet(1.0); {says}"]
+    command = [sys.executable, "-c", f"from vgpo.distributed import meet; a = meet(1.0); {says}"]
     environment = os.environ | {f"ACCELERATE_{setting[0]}": setting[1]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["no", "1", "NO"], done.stdout
@@ -253,7 +253,7 @@ def test_what_a_launcher_adds_to_the_recipe_has_no_effect(setting):
 )
 def test_engines_that_train_otherwise_are_refused_and_other_hardware_is_not(monkeypatch, kind, refused):
     found = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=1)
-    monkeypatch.setattr(vgpo.processes, "Accelerator", lambda **options: found)
+    monkeypatch.setattr(vgpo.distributed, "Accelerator", lambda **options: found)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if refused:
         with pytest.raises(ValueError, match=f"the launcher asks for {kind}.*model.shard"):

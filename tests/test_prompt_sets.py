@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vgpo.prompt_sets import (
+from vgpo.prompts.geneval import (
     FINGERPRINT,
     MIX,
     article,
@@ -21,7 +21,7 @@ from vgpo.prompt_sets import (
     ocr_rows,
     plural,
 )
-from vgpo.prompts import load_prompts
+from vgpo.prompts.files import load_prompts
 from vgpo.rewards.geneval import check_row
 from vgpo.rewards.ocr import normalize, target_text
 
@@ -195,7 +195,7 @@ def test_ocr_targets_are_excluded_as_the_reward_compares_them():
 
 
 def test_ocr_texts_can_run_out(monkeypatch):
-    monkeypatch.setattr("vgpo.prompt_sets.some_target", lambda rng: "ONE")
+    monkeypatch.setattr("vgpo.prompts.geneval.some_target", lambda rng: "ONE")
     with pytest.raises(
         ValueError, match="no train text is left outside the 1 that are taken; ask for fewer OCR prompts"
     ):

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from vgpo.flow import ode_sample
-from vgpo.prompts import (
+from vgpo.prompts.files import (
     MAX_CHARACTERS,
     TASK_WEIGHTS,
     WORLDS,
@@ -101,7 +101,7 @@ def test_a_row_is_its_values_alone():
 
 
 def load_row(line):
-    from vgpo.prompts import parse_row
+    from vgpo.prompts.files import parse_row
 
     return parse_row(line, True, "here, line 1")
 

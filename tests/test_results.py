@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from vgpo.evaluate import mean_over_tasks
-from vgpo.exam import Exam
-from vgpo.prompts import load_prompts
-from vgpo.results import cell, check_request, compare, exam_rows, groups, interval, main, metric, table
+from vgpo.evaluation.scores import Exam
+from vgpo.prompts.files import load_prompts
+from vgpo.evaluation.compare import cell, check_request, compare, exam_rows, groups, interval, main, metric, table
 
 SCENES = ["geneval-shapes", "tiny_rewards:brightness"]
 
@@ -192,7 +192,7 @@ def test_a_reward_that_fails_says_how_to_go_on(tiny_folder, tmp_path, monkeypatc
     ):
         main(words)
     assert len(list((tmp_path / "x" / "images").glob("*.png"))) == 4
-    monkeypatch.setattr("vgpo.results.hold", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("vgpo.evaluation.compare.hold", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit, match="^stopped; what is done stays in"):
         main(words)
 

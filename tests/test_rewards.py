@@ -140,7 +140,7 @@ def test_geneval_shapes_sees_what_the_tiny_world_painted():
 def test_options_that_a_reward_does_not_have_are_named():
     with pytest.raises(ValueError, match="reward 'jpeg' cannot be made: .*unexpected keyword argument 'quallity'"):
         make_reward("jpeg", quallity=50)
-    assert make_reward("vgpo.rewards.jpeg:JPEG", quality=50).version != make_reward("jpeg").version
+    assert make_reward("vgpo.rewards.own:JPEG", quality=50).version != make_reward("jpeg").version
 
 
 def test_two_rewards_of_one_kind_are_told_apart_by_a_label():

@@ -41,7 +41,7 @@ from vgpo.rewards.http import CallError, image_base64
 from vgpo.rewards.ocr import OCR
 from vgpo.rewards.remote import RemoteReward
 from vgpo.rewards.server import Limits, decode_image, image_header, make_app, open_socket, plain, read_batch, running
-from vgpo.serve_reward import main as serve_main
+from vgpo.serve import main as serve_main
 from vgpo.train import main as train_main
 from vgpo.world.words import WORDS, render_word, sign
 
@@ -62,7 +62,7 @@ def program(module, *arguments, **more):
 @contextmanager
 def serving(*arguments, **more):
     "The (process, url) of a reward server in a process of its own."
-    process = program("vgpo.serve_reward", *arguments, **more)
+    process = program("vgpo.serve", *arguments, **more)
     try:
         line = process.stdout.readline()
         assert line.startswith("serving "), line + process.communicate()[0]

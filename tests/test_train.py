@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import vgpo.train as program
 from vgpo.advantages import group_relative, value_anchored
-from vgpo.checkpoint import newest_whole
+from vgpo.runs.checkpoint import newest_whole
 from vgpo.config import AdvantageConfig, parse_config
 from vgpo.rewards.base import RewardError
 from vgpo.rollout import replay
-from vgpo.run import Run, checkpoint, restore, start
+from vgpo.runs.session import Run, checkpoint, restore, start
 from vgpo.train import credit, fill_columns, learning_rate, main, sample, scored_columns, train, train_epoch, update
 from vgpo.values import discounted_values
 

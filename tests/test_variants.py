@@ -27,7 +27,7 @@ from vgpo.flow import shifted_sigmas
 from vgpo.losses import clipped_surrogate
 from vgpo.rewards.base import CombinedReward, FunctionReward, RewardError, Scores, configured_reward, score
 from vgpo.rollout import column, replay, rollout
-from vgpo.run import start
+from vgpo.runs.session import start
 from vgpo.sde import DanceSDE, FlowCPS, FlowSDE
 from vgpo.toy import GaussianMixture
 from vgpo.train import credit, sample, train_epoch

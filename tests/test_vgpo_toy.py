@@ -41,7 +41,7 @@ def trained(advantage, reward=reward, **options):
 
 
 def test_vgpo_improves_a_reward():
-    "40 epochs with KL, as in notebook 09: the training reward, and the ODE's with 40 steps far beyond its error."
+    "40 epochs with KL, as in notebook 15: the training reward, and the ODE's with 40 steps far beyond its error."
     model = policy()
     history = train_toy(model, reward, vgpo, epochs=40, kl_beta=0.01)
     assert history[-1]["reward"] > history[0]["reward"] + 0.2
