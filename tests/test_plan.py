@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import vgpo.plan
 import vgpo.train
+from vgpo.batches import solve_batches
 from vgpo.config import RECIPES, ModelConfig, RewardConfig, parse_config
 from vgpo.evaluate import make_policy
 from vgpo.plan import (
@@ -39,7 +40,6 @@ from vgpo.plan import (
     resident_bytes,
     shard_table,
     size_of,
-    solve_batches,
     storages,
     trajectory_bytes,
     working_bytes,
@@ -62,39 +62,11 @@ def options(tiny_folder):
     return [*SMALL, f"--model.path={tiny_folder}"]
 
 
-def test_every_process_gets_what_equation_1_says():
-    for groups, size, updates, batch, processes in (
-        (48, 24, 2, 9, 8),
-        (6, 10, 3, 4, 4),
-        (5, 4, 1, 3, 2),
-        (1, 2, 1, 9, 1),
-    ):
-        images = list(range(groups * size))
-        n = len(images) // updates
-        dealt = [images[u * n : (u + 1) * n][rank::processes] for u in range(updates) for rank in range(processes)]
-        batches = solve_batches(groups, size, updates, batch, processes)
-        assert {len(share) for share in dealt} == {batches.share}
-        passes = [len(dealt[0][i : i + batch]) for i in range(0, len(dealt[0]), batch)]
-        assert batches.sizes == passes
-    assert "1152 images" in str(solve_batches(48, 24, 2, 9, 8)) and "8 of 9" in str(solve_batches(48, 24, 2, 9, 8))
-    assert str(solve_batches(5, 4, 2, 4, 1)).endswith("2 of 4 and 1 of 2")
-
-
-def test_what_does_not_divide_is_named_with_the_nearest_that_does():
-    with pytest.raises(ValueError, match="48 x 24 = 1152, which 2 updates on 7 processes") as e:
-        solve_batches(48, 24, 2, 9, 7)
-    assert "sampling.groups to 42 or 49" in str(e.value) and "sampling.group_size to 21 or 28" in str(e.value)
-    for groups, size in ((42, 24), (49, 24), (48, 21), (48, 28)):
-        assert solve_batches(groups, size, 2, 9, 7).share * 14 == groups * size
-    with pytest.raises(ValueError, match="sampling.groups to 5, or sampling.group_size to 5"):  # nothing below divides
-        solve_batches(1, 2, 5)
-
-
 def test_a_run_checks_the_processes_that_it_really_has(options, tmp_path, monkeypatch):
     assert Run(parse_config(options), tmp_path).shares.share == 6
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 4)
-    with pytest.raises(ValueError, match="2 updates on 4 processes do not divide into 8 equal parts"):
+    with pytest.raises(ValueError, match="2 minibatches on 4 processes do not divide into 8 equal parts"):
         Run(parse_config(options), tmp_path)
 
 

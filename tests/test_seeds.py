@@ -1,10 +1,14 @@
 "The table of several seeds: finished runs are kept, begun ones resumed, others started."
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
-from vgpo import seeds
+spec = importlib.util.spec_from_file_location("seeds", Path(__file__).parent.parent / "benchmarks" / "seeds.py")
+seeds = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(seeds)
 
 
 def result(after):
