@@ -61,7 +61,7 @@ def test_processes_do_together_what_one_does(one, made, processes):
 
 
 def test_processes_that_divide_all_weights_among_them_do_what_one_does(made):
-    check(made(1, *WHOLE, "--epochs=1"), made(2, *WHOLE, "--epochs=1", "--model.shard=weights"))
+    check(made(1, *WHOLE, "--epochs=1"), made(2, *WHOLE, "--epochs=1", "--model.fsdp=full_shard"))
 
 
 def test_a_pass_of_eight_and_checkpointing_do_what_eight_passes_do(made):
@@ -175,11 +175,11 @@ def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, capsys):
 
     main(["--resume", str(folder), "--epochs=2"])
     assert "changed: epochs: 3 -> 2" in capsys.readouterr().out
-    last = launch(2, ["--resume", str(folder), "--epochs=3", "--model.shard=gradients"])
+    last = launch(2, ["--resume", str(folder), "--epochs=3", "--model.fsdp=shard_grad_op"])
     said = last.communicate()[0]
     assert last.returncode == 0, said
     assert "6 in each of 2 processes" in said
-    assert "changed: epochs: 2 -> 3" in said and "changed: model.shard: none -> gradients" in said
+    assert "changed: epochs: 2 -> 3" in said and "changed: model.fsdp: off -> shard_grad_op" in said
 
     states = [read_checkpoint(path / "checkpoints" / "epoch-00003")[1] for path in (one / "run", folder)]
     for state in states:
@@ -256,7 +256,7 @@ def test_engines_that_train_otherwise_are_refused_and_other_hardware_is_not(monk
     monkeypatch.setattr(vgpo.distributed, "Accelerator", lambda **options: found)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if refused:
-        with pytest.raises(ValueError, match=f"the launcher asks for {kind}.*model.shard"):
+        with pytest.raises(ValueError, match=f"the launcher asks for {kind}.*model.fsdp"):
             meet(1.0)
     else:
         assert meet(1.0) is found

@@ -195,7 +195,7 @@ def count_costs(model, batch_size, kl=False):
 
 def costs_of(config):
     "The (policy, Costs) of a Config."
-    model = replace(config.model, shard="none")  # on which no pass depends
+    model = replace(config.model, fsdp="off")  # on which no pass depends
     return count_costs(json.dumps(asdict(model)), config.sampling.batch_size, config.optim.kl_weight > 0)
 
 # %% ../nbs/practice/84_plan.ipynb #c035
@@ -209,7 +209,7 @@ def module_bytes(*modules):
     return size_of(t for m in modules if m is not None for t in [*m.parameters(), *m.buffers()])
 
 # %% ../nbs/practice/84_plan.ipynb #c036
-SHARDS = ("none", "gradients", "weights")  # values of model.shard
+SHARDS = ("off", "shard_grad_op", "full_shard")  # values of model.fsdp
 
 
 def largest_share(tensors, processes):
@@ -236,16 +236,16 @@ def exchanged_bytes(network):
 def weight_bytes(policy, model, processes):
     "Bytes of the transformer's (frozen weights and buffers, trained weights whole beside the optimizer's)."
     frozen, buffers = [p for p in policy.network.parameters() if not p.requires_grad], policy.network.buffers()
-    kept = largest_share(frozen, processes if model.shard == "weights" else 1) + sum(b.numel() for b in buffers)
+    kept = largest_share(frozen, processes if model.fsdp == "full_shard" else 1) + sum(b.numel() for b in buffers)
     trained = sum(p.numel() for p in policy.parameters())
-    whole = 4 * trained * (model.shard == "gradients") + size_of(policy.parameters()) * (
+    whole = 4 * trained * (model.fsdp == "shard_grad_op") + size_of(policy.parameters()) * (
         not model.lora_rank and model.dtype != "float32")  # autocast's copy, in half precision
     return kept * (policy.dtype.itemsize if model.lora_rank else 4), whole
 
 
 def resident_bytes(policy, model, processes=1):
     "{part: bytes} of what stays in memory: weights by part, and what belongs to the trained ones."
-    trained = 4 * largest_share(policy.parameters(), 1 if model.shard == "none" else processes)  # in float32
+    trained = 4 * largest_share(policy.parameters(), 1 if model.fsdp == "off" else processes)  # in float32
     frozen, whole = weight_bytes(policy, model, processes)
     return {"transformer, frozen": frozen, "autoencoder": module_bytes(policy.pipe.vae, policy.tiny_vae),
             "text encoders": module_bytes(*networks(policy.pipe, "text_encoder").values()),
@@ -281,18 +281,18 @@ def working_bytes(config, policy, costs):
     o, s = config.optim, config.sampling
     latents = 4 * s.batch_size * math.prod(policy.latent_shape)
     beside = costs.train.kept + costs.forward.peak if o.guidance_scale > 1 or o.kl_weight else 0
-    gathered = gathered_bytes(policy.network) if config.model.shard == "weights" else 0
-    exchanged = exchanged_bytes(policy.network) if config.model.shard != "none" else 0
+    gathered = gathered_bytes(policy.network) if config.model.fsdp == "full_shard" else 0
+    exchanged = exchanged_bytes(policy.network) if config.model.fsdp != "off" else 0
     return {"encode": costs.encode.peak,
             "sample": costs.forward.peak + latents * (3 * s.steps + 2) + gathered,  # noises, states, estimates
             "decode": max(costs.decode.peak, costs.draft.peak if costs.draft else 0),
             "update": max(costs.train.peak, beside) + gathered + exchanged}
 
 
-def phase_bytes(resident, trajectories, working, free_text_encoders):
+def phase_bytes(resident, trajectories, working, precompute_text_embeds):
     "{phase: bytes} in all, at most."
     total, encoders = sum(resident.values()), resident["text encoders"]
-    if free_text_encoders:  # at first they are alone but for the judges, and later gone
+    if precompute_text_embeds:  # at first they are alone but for the judges, and later gone
         first, rest = encoders + resident.get("judges", 0), total - encoders
     else: first, rest = total, total
     later = {phase: rest + trajectories + working[phase] for phase in ("sample", "decode", "update")}
@@ -304,12 +304,12 @@ def epoch_work(config, batches):
     "How often an epoch does what, over all processes: passes of one image through a network, pictures, prompts."
     s, o, images = config.sampling, config.optim, batches.images
     scored = 1 if config.advantage.kind == "grpo" else config.values.reward_steps
-    drafts = images * (scored - 1) if config.model.draft_decoder else 0
+    drafts = images * (scored - 1) if config.model.tiny_vae else 0
     trained, guided = images * s.sde_steps, int(o.guidance_scale > 1)
     return {"sample": images * s.steps * (1 + (s.guidance_scale > 1)), "train": trained, "beside": trained * guided,
             "reference": trained * (1 + guided) * (o.kl_weight > 0), "decode": images * scored - drafts,
             "draft": drafts, "score": images * scored * max(1, len(config.reward.parts)),
-            "encode": 0 if config.model.free_text_encoders else s.groups}
+            "encode": 0 if config.model.precompute_text_embeds else s.groups}
 
 
 def unit_flops(costs, batch_size):
@@ -355,7 +355,7 @@ class Plan:
     trajectories: int  # bytes
     working: dict  # {phase: bytes}
     phases: dict  # {phase: bytes in all}
-    sharded: dict  # {model.shard: bytes in all, in the fullest phase}, for several processes
+    sharded: dict  # {model.fsdp: bytes in all, in the fullest phase}, for several processes
 
     def seconds(self, card, utilisation=0.35, score_seconds=0.0):
         "Seconds of an epoch by phase, Eq. (3)."
@@ -382,30 +382,30 @@ def needed_memory(config, policy, costs, batches, judges):
     resident = resident_bytes(policy, config.model, batches.processes) | ({"judges": judges} if judges else {})
     trajectories, working = trajectory_bytes(config, policy, batches), working_bytes(config, policy, costs)
     return (resident, trajectories, working,
-            phase_bytes(resident, trajectories, working, config.model.free_text_encoders))
+            phase_bytes(resident, trajectories, working, config.model.precompute_text_embeds))
 
 
 def make_plan(config, processes=1):
     "The Plan of a Config for so many processes; ValueError or FileNotFoundError, one line, where there can be none."
     batches, (policy, costs), judges = config_batches(config, processes), costs_of(config), judge_bytes(config.reward)
     def needs(shard):
-        return needed_memory(replace(config, model=replace(config.model, shard=shard)), policy, costs, batches, judges)
+        return needed_memory(replace(config, model=replace(config.model, fsdp=shard)), policy, costs, batches, judges)
     several = processes > 1
     return Plan(config, batches, count_parameters(policy), epoch_work(config, batches),
-                unit_flops(costs, config.sampling.batch_size), *needs(config.model.shard if several else "none"),
+                unit_flops(costs, config.sampling.batch_size), *needs(config.model.fsdp if several else "off"),
                 {shard: max(needs(shard)[-1].values()) for shard in SHARDS if several})
 
 # %% ../nbs/practice/84_plan.ipynb #c047
 def memory_lines(plan):
     "The memory of a Plan as lines of text, in GiB, or MiB where all is small."
     unit, size = ("GiB", 2**30) if max(plan.phases.values()) > 2**30 else ("MiB", 2**20)
-    parts, free = plan.resident | {"trajectories": plan.trajectories}, plan.config.model.free_text_encoders
+    parts, free = plan.resident | {"trajectories": plan.trajectories}, plan.config.model.precompute_text_embeds
     lines = [f"  {part:<28}{n / size:>8.2f}" for part, n in parts.items() if n]
     for phase, n in plan.phases.items():
         note = f"   {plan.working[phase] / size:.2f} at work" if phase in plan.working else ""
         if free and phase == "encode": note += ", the transformer still on the CPU"
         lines.append(f"  in all, {phase:<20}{n / size:>8.2f}{note}")
-    if plan.sharded: lines.append("  at most, by model.shard     " + ", ".join(
+    if plan.sharded: lines.append("  at most, by model.fsdp     " + ", ".join(
         f"{shard} {n / size:.2f}" for shard, n in plan.sharded.items()))
     return [f"memory of a process, {unit}{'; text encoders are freed once all is encoded' * free}", *lines]
 
@@ -471,7 +471,7 @@ def main(argv=None):
 
 # %% ../nbs/practice/84_plan.ipynb #c059
 def shard_table(config, processes=8):
-    "{(what is trained, model.shard): bytes a process needs in its fullest phase}, for a LoRA and for all weights."
+    "{(what is trained, model.fsdp): bytes a process needs in its fullest phase}, for a LoRA and for all weights."
     kinds = {"LoRA": (config.model.lora_rank or 32, config.optim.kl_weight), "all weights": (0, 0.0)}  # no KL for these
     plans = {kind: make_plan(replace(config, model=replace(config.model, lora_rank=rank),
                                      optim=replace(config.optim, kl_weight=kl)), processes)

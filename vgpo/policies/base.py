@@ -271,7 +271,7 @@ def load_policy(model: ModelConfig, device: str | torch.device = "cpu") -> Polic
     dtype, meta = getattr(torch, model.dtype), torch.device(device).type == "meta"
     index = read_configs(model.path) if meta else model_index(model.path, model.revision)
     known, name = policy_classes(), index.get("_class_name")
-    if name not in known: raise ValueError(f"{model.path} is a {name}; model.path must be one of {', '.join(known)}")
+    if name not in known: raise ValueError(f"{model.path} is a {name}; model.path must be one of {', '.join(sorted(known))}")
     pipe = pipeline_from_configs(model.path, dtype) if meta else load_pipeline(model.path, dtype, model.revision)
     policy = known[name](pipe, model, device)
     reduce_vae_memory(pipe, model.vae_tiling, model.vae_slicing)
