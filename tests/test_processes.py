@@ -56,7 +56,7 @@ def test_processes_do_together_what_one_does(one, made, processes):
 
 
 def test_processes_that_divide_all_weights_among_them_do_what_one_does(made):
-    check(made(1, *WHOLE, "--epochs=1"), made(2, *WHOLE, "--epochs=1", "--model.shard=weights"))
+    check(made(1, *WHOLE, "--epochs=1"), made(2, *WHOLE, "--epochs=1", "--model.fsdp=full_shard"))
 
 
 def test_a_pass_of_eight_and_checkpointing_do_what_eight_passes_do(made):
@@ -154,11 +154,11 @@ def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, capsys):
 
     main(["--resume", str(folder), "--epochs=2"])
     assert "changed: epochs: 3 -> 2" in capsys.readouterr().out
-    last = launch(2, ["--resume", str(folder), "--epochs=3", "--model.shard=gradients"])
+    last = launch(2, ["--resume", str(folder), "--epochs=3", "--model.fsdp=shard_grad_op"])
     said = last.communicate()[0]
     assert last.returncode == 0, said
     assert "6 in each of 2 processes" in said
-    assert "changed: epochs: 2 -> 3" in said and "changed: model.shard: none -> gradients" in said
+    assert "changed: epochs: 2 -> 3" in said and "changed: model.fsdp: off -> shard_grad_op" in said
 
     states = [read_checkpoint(path / "checkpoints" / "epoch-00003")[1] for path in (one / "run", folder)]
     for state in states:

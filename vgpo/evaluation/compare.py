@@ -28,7 +28,7 @@ from jsonargparse import ArgumentParser
 import vgpo
 from ..evaluate import check_at_least, mean_over_tasks, open_policy, pick_device, read_model
 from .scores import Exam, complete_scores, differences, hold, read_json, reward_makers, settings_of, write_whole
-from ..policies.base import quiet
+from ..policies.loading import quiet
 from ..prompts.files import load_prompts
 from ..rewards.base import RewardError
 

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..evaluate import generate_images
-from ..policies.base import pipeline_source
+from ..policies.loading import pipeline_source
 from ..prompts.files import WORLDS, check_rows, sample_noise
 from ..rewards.base import make_reward, score
 from ..rewards.clip import digest
@@ -94,7 +94,7 @@ def draw(exam, make_policy):
     missing = [batch for batch in exam.batches() if not all(exam.image(item).is_file() for item in batch)]
     if not missing: return
     policy = make_policy()
-    policy.prepare([exam.rows[i]["prompt"] for batch in missing for i, _ in batch])
+    policy.precompute([exam.rows[i]["prompt"] for batch in missing for i, _ in batch])
     for batch in bar(exam, missing, "drawing"):
         noise = torch.stack([sample_noise(policy.latent_shape, exam.seed, "evaluation", i, k) for i, k in batch])
         images = generate_images(policy, [exam.rows[i]["prompt"] for i, _ in batch], noise, exam.steps,
@@ -163,7 +163,7 @@ def judge(exam, name, make, timeout=None):
             file.write("".join(line for item, line in zip(batch, lines) if item not in done))
 
 # %% ../../nbs/evaluation/61_exam.ipynb #c022
-MODEL_SETTINGS = ("revision", "dtype", "resolution", "max_sequence_length", "embedded_guidance", "vae_tiling")
+MODEL_SETTINGS = ("revision", "dtype", "resolution", "max_sequence_length", "distilled_guidance_scale", "vae_tiling")
 
 
 def model_name(path):

@@ -8,9 +8,13 @@ __all__ = ['pack', 'unpack', 'image_ids', 'PackedPolicy', 'FluxPolicy']
 # %% ../../nbs/models/55_flux.ipynb #c003
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from .base import TARGETS, Condition, DiffusersPolicy, Geometry
+from .base import Policy
+from .embeds import PromptEmbeds, zero_embeds
+from .loading import LatentSpec
+from .lora import LORA_TARGETS
 
 # %% ../../nbs/models/55_flux.ipynb #c013
 def pack(latents):
@@ -29,29 +33,44 @@ def image_ids(side):
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
 
 # %% ../../nbs/models/55_flux.ipynb #c024
-class PackedPolicy(DiffusersPolicy):
+class PackedPolicy(Policy):
     "What FLUX and Qwen-Image share: tokens of 2 x 2 latents, and evenly spaced levels for the scheduler to bend."
-    def measure(self):
-        return Geometry(self.pipe.transformer.config.in_channels // 4, 2, self.pipe.default_sample_size)
+    def latent_spec(self):
+        return LatentSpec(self.pipe.transformer.config.in_channels // 4, 2, self.pipe.default_sample_size)
 
     def schedule(self, num_steps):
         return {**super().schedule(num_steps), "sigmas": np.linspace(1.0, 1 / num_steps, num_steps)}
 
 # %% ../../nbs/models/55_flux.ipynb #c025
 class FluxPolicy(PackedPolicy):
-    "A FluxPipeline as a policy: FLUX.1-dev, and FLUX.1-schnell, which takes no embedded guidance."
-    targets = (*TARGETS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    "A FluxPipeline as a policy: FLUX.1-dev, and FLUX.1-schnell, which takes no distilled guidance."
+    pipeline_class = "FluxPipeline"
+    targets = (*LORA_TARGETS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
     def encode_one(self, prompt):
         text, pooled, _ = self.pipe.encode_prompt(
             prompt, None, device=self.device, max_sequence_length=self.max_sequence_length)
-        return Condition(text, pooled)
+        return PromptEmbeds(text, pooled)
 
-    def call_network(self, x, sigma, condition):
+    def call_network(self, x, sigma, embeds):
         distilled, side = self.pipe.transformer.config.guidance_embeds, x.shape[-1]
         tokens = self.network(
-            hidden_states=pack(x), timestep=sigma, encoder_hidden_states=condition.text,
-            pooled_projections=condition.pooled, img_ids=image_ids(side // 2).to(x.device),
-            txt_ids=torch.zeros(condition.text.shape[1], 3, device=x.device),
-            guidance=torch.full_like(sigma, self.embedded_guidance) if distilled else None, return_dict=False)[0]
+            hidden_states=pack(x), timestep=sigma, encoder_hidden_states=embeds.text,
+            pooled_projections=embeds.pooled, img_ids=image_ids(side // 2).to(x.device),
+            txt_ids=torch.zeros(embeds.text.shape[1], 3, device=x.device),
+            guidance=torch.full_like(sigma, self.distilled_guidance_scale) if distilled else None, return_dict=False)[0]
         return unpack(tokens, side)
+
+# %% ../../nbs/models/55_flux.ipynb #c027
+@patch
+def encoder_tokens(self: FluxPolicy) -> dict[str, int]:
+    "{text encoder: tokens of the longest prompt in it}: CLIP and T5."
+    return {"text_encoder": self.pipe.tokenizer_max_length, "text_encoder_2": self.max_sequence_length}
+
+
+@patch
+def example_embeds(self: FluxPolicy, batch_size: int) -> PromptEmbeds:
+    "PromptEmbeds of zeros, of the greatest length."
+    c = self.pipe.transformer.config
+    return zero_embeds(batch_size, self.max_sequence_length, c.joint_attention_dim, c.pooled_projection_dim,
+                       dtype=self.dtype, device=self.device)
