@@ -20,7 +20,7 @@ from ..distributed import Stop, broadcast, raise_on_all_ranks
 from ..evaluation.scores import Evaluation, evaluate
 from ..files import atomic_write
 from ..noise import epoch_prompts
-from ..policies.sd3 import load_policy
+from ..policies.base import load_policy
 from ..prompts.files import check_rows, load_prompts
 from ..report import write_report
 from ..rewards.base import Reward, RewardError, make_reward
