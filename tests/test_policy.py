@@ -502,7 +502,7 @@ def test_freed_text_encoders(tiny_folder, noise, tmp_path, cached):
 def test_the_prompts_that_a_run_needs():
     config = parse_config(["--epochs", "3", "--sampling.groups", "2", "--seed", "5", "--optim.updates", "1"])
     rows, test = [{"prompt": f"p{i}"} for i in range(50)], [{"prompt": "held out"}, {"prompt": "p1"}]
-    from vgpo.prompts.files import epoch_prompts
+    from vgpo.noise import epoch_prompts
 
     wanted = {f"p{i}" for epoch in range(3) for i in epoch_prompts(50, 2, 5, epoch)} | {"held out", "p1", ""}
     prompts = needed_prompts(config, rows, test)

@@ -37,9 +37,11 @@ class Batches:
 
     def __str__(self):
         micro_batches = " and ".join(f"{self.sizes.count(size)} of {size}" for size in dict.fromkeys(self.sizes))
-        return (f"{self.images} images per epoch, {self.images // self.processes} in each of {self.processes} "
-                f"process{'es' * (self.processes > 1)}; {self.num_minibatches} minibatch{'es' * (self.num_minibatches > 1)}"
-                f" of {self.images // self.num_minibatches}, {self.share} per process, in micro-batches: {micro_batches}")
+        each, minibatch = self.images // self.processes, self.images // self.num_minibatches
+        return (f"{self.images} images per epoch, {each} in each of {self.processes} "
+                f"process{'es' * (self.processes > 1)}; {self.num_minibatches} "
+                f"minibatch{'es' * (self.num_minibatches > 1)} of {minibatch}, {self.share} per process, "
+                f"in micro-batches: {micro_batches}")
 
 # %% ../nbs/training/38_batches.ipynb #c009
 def neighbours(value: int, fits: Callable[[int], bool]) -> str:
