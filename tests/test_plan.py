@@ -292,7 +292,7 @@ def test_the_work_of_a_real_epoch(options, tiny_folder, tmp_path, monkeypatch, v
         "AdamW's moments": size_of(m[key] for m in moments for key in ("exp_avg", "exp_avg_sq")),
         "average (EMA)": size_of(run.ema.shadow_params),
         "autoencoder": sum(
-            size_of([*m.parameters(), *m.buffers()]) for m in (run.policy.pipe.vae, run.policy.tiny_vae) if m is not None
+            size_of([*m.parameters(), *m.buffers()]) for m in (run.policy.pipe.vae, run.policy.tiny_vae) if m
         ),
     }
     assert {part: plan.resident[part] for part in real} == real
@@ -473,7 +473,7 @@ def test_the_program_prints_a_plan_and_starts_nothing(options, tmp_path, capsys,
     vgpo.train.main(["--plan", *options, "--card", "24", "--processes", "2", "--score_seconds", "2"])
     out = capsys.readouterr().out
     assert "12 images an epoch, 6 in each of 2 processes" in out
-    assert out.count("at most, by model.fsdp     off ") == 1
+    assert out.count("at most, by model.fsdp      off ") == 1
     assert "RTX 4090" in out and "A100" not in out and "yes" in out
     assert f"{36 / 2 * 2:.1f}" in out.split("RTX 4090")[1]
     assert not list(tmp_path.iterdir())

@@ -405,7 +405,7 @@ def memory_lines(plan):
         note = f"   {plan.working[phase] / size:.2f} at work" if phase in plan.working else ""
         if free and phase == "encode": note += ", the transformer still on the CPU"
         lines.append(f"  in all, {phase:<20}{n / size:>8.2f}{note}")
-    if plan.sharded: lines.append("  at most, by model.fsdp     " + ", ".join(
+    if plan.sharded: lines.append("  at most, by model.fsdp      " + ", ".join(
         f"{shard} {n / size:.2f}" for shard, n in plan.sharded.items()))
     return [f"memory of a process, {unit}{'; text encoders are freed once all is encoded' * free}", *lines]
 
