@@ -18,7 +18,6 @@ from argparse import ArgumentError, ArgumentParser
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from weakref import finalize
 
 import torch
@@ -26,10 +25,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import vgpo
 from .config import Config, ModelConfig, parse_config
 from .policies.base import meta_policy
-from .policies.loading import networks, quiet
+from .policies.loading import CONFIGS, networks, part_from_config, quiet
 from .policies.shard import repeated_blocks
 
 # %% ../nbs/practice/84_plan.ipynb #c006
