@@ -28,7 +28,7 @@ def command(recipe, seed, folder, more=()):
         return ["--resume", str(folder)]
     if folder.exists():
         raise ValueError(f"{folder} is no run; remove it and call again")
-    return ["--recipe", recipe, f"--seed={seed}", f"--output={folder.parent}", f"--name={folder.name}", *more]
+    return ["--recipe", recipe, f"--seed={seed}", f"--output_dir={folder.parent}", f"--name={folder.name}", *more]
 
 
 def table(results):

@@ -25,7 +25,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(folder):
-    return load_policy(ModelConfig(path=str(folder), resolution=16, max_sequence_length=12, distilled_guidance_scale=2.0))
+    return load_policy(
+        ModelConfig(path=str(folder), resolution=16, max_sequence_length=12, distilled_guidance_scale=2.0)
+    )
 
 
 @pytest.fixture
@@ -48,7 +50,9 @@ def test_packing_is_the_pipelines(noise):
 def test_the_shift_of_flux_1_dev(pixels, shift):
     pipe = tiny_flux()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # as published
-    policy = FluxPolicy(pipe, ModelConfig(resolution=pixels // 8))  # an autoencoder that makes 2 pixels of a latent, not 16
+    policy = FluxPolicy(
+        pipe, ModelConfig(resolution=pixels // 8)
+    )  # an autoencoder that makes 2 pixels of a latent, not 16
     policy.image_tokens = (pixels // 16) ** 2
     u = torch.linspace(1, 1 / 20, 20)
     wanted = torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1)])
@@ -66,7 +70,9 @@ def test_the_schedule_depends_on_the_resolution(folder, policy):
 def test_a_fixed_shift_stays_fixed():
     pipe = tiny_flux()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # FLUX.1-schnell's
-    assert_close(FluxPolicy(pipe, ModelConfig(resolution=16)).sigmas(4), torch.tensor([1, 0.75, 0.5, 0.25, 0]), atol=1e-6, rtol=0)
+    assert_close(
+        FluxPolicy(pipe, ModelConfig(resolution=16)).sigmas(4), torch.tensor([1, 0.75, 0.5, 0.25, 0]), atol=1e-6, rtol=0
+    )
 
 
 def test_distilled_guidance_scale_is_told_to_the_network(folder, policy, noise):
@@ -86,7 +92,10 @@ def test_distilled_guidance_scale_is_told_to_the_network(folder, policy, noise):
 
 def test_a_model_without_distilled_guidance_scale_is_told_nothing(noise):
     pipe = tiny_flux(guidance_embeds=False)
-    a, b = (FluxPolicy(pipe, ModelConfig(resolution=16, max_sequence_length=12, distilled_guidance_scale=g)) for g in (1.0, 9.0))
+    a, b = (
+        FluxPolicy(pipe, ModelConfig(resolution=16, max_sequence_length=12, distilled_guidance_scale=g))
+        for g in (1.0, 9.0)
+    )
     with torch.no_grad():
         v = a.velocity(noise, SIGMA, a.encode(PROMPTS))
         assert torch.equal(v, b.velocity(noise, SIGMA, b.encode(PROMPTS)))

@@ -120,7 +120,7 @@ def passes(policy, batch=6, guidance=1.0, reference=False):
     "A function that computes what is trained in one step: a velocity, or its distance from the reference's."
     x = torch.zeros(batch, *policy.latent_shape, device=policy.device)
     condition = policy.example_embeds(batch)
-    policy.cache[""] = condition[:1]
+    policy.empty = condition[:1]
 
     def forward():
         velocity = policy.velocity(x, torch.tensor(0.5), condition, guidance)
@@ -264,7 +264,7 @@ def test_the_work_of_a_real_epoch(options, tiny_folder, tmp_path, monkeypatch, v
         "AdamW's moments": size_of(m[key] for m in moments for key in ("exp_avg", "exp_avg_sq")),
         "average (EMA)": size_of(run.ema.shadow_params),
         "autoencoder": sum(
-            size_of([*m.parameters(), *m.buffers()]) for m in (run.policy.pipe.vae, run.policy.tiny_vae) if m is not None
+            size_of([*m.parameters(), *m.buffers()]) for m in (run.policy.pipe.vae, run.policy.tiny_vae) if m
         ),
     }
     assert {part: plan.resident[part] for part in real} == real
@@ -353,7 +353,7 @@ def tracked(policy, steps=2):
     return [{str(kind).split(".")[-1]: n for kind, n in snapshot[torch.device("cpu")].items()} for snapshot in found]
 
 
-@pytest.mark.parametrize("shard", ["gradients", "weights"])
+@pytest.mark.parametrize("shard", ["shard_grad_op", "full_shard"])
 @pytest.mark.parametrize("rank", [8, 0])
 def test_what_a_process_holds_of_a_network_that_is_cut(eight_processes, tmp_path, rank, shard):
     pipe = tiny_sd3(num_layers=5, num_attention_heads=4, attention_head_dim=32, caption_projection_dim=128)
@@ -368,15 +368,15 @@ def test_what_a_process_holds_of_a_network_that_is_cut(eight_processes, tmp_path
     plan, tensors = resident_bytes(meta, model, processes=8), len(real.parameters())
     width = 2 if rank else 4  # all that is cut is float32 if all weights are trained
     frozen = plan["transformer, frozen"] - width * sum(b.numel() for b in meta.network.buffers())
-    assert backward["SHARDED_PARAM"] == plan["trained weights"] + frozen * (shard == "weights")
+    assert backward["SHARDED_PARAM"] == plan["trained weights"] + frozen * (shard == "full_shard")
     assert backward["SHARDED_GRAD"] == plan["gradients"] == plan["trained weights"]
     assert backward["OPT"] == plan["AdamW's moments"] + 4 * tensors  # and the number of steps, for each tensor
     autocast = 0 if rank else 2 * sum(p.numel() for p in meta.parameters())  # counted as activations there
     assert forward["UNSHARDED_PARAM"] == plan["copies to compute with"] - autocast
     gathered, exchanged = peak["UNSHARDED_PARAM"] + peak["ALL_GATHER"], peak["REDUCE_SCATTER"] + peak["SHARDED_GRAD"]
-    if shard == "weights" and rank:
+    if shard == "full_shard" and rank:
         assert gathered == gathered_bytes(meta.network)
-    elif shard == "weights":  # at the fullest moment gradients are being cut
+    elif shard == "full_shard":  # at the fullest moment gradients are being cut
         assert 0 < exchanged <= exchanged_bytes(meta.network) and gathered <= gathered_bytes(meta.network)
 
 
@@ -445,7 +445,7 @@ def test_the_program_prints_a_plan_and_starts_nothing(options, tmp_path, capsys,
     vgpo.train.main(["--plan", *options, "--card", "24", "--processes", "2", "--score_seconds", "2"])
     out = capsys.readouterr().out
     assert "12 images an epoch, 6 in each of 2 processes" in out
-    assert out.count("at most, by model.fsdp     off ") == 1
+    assert out.count("at most, by model.fsdp      off ") == 1
     assert "RTX 4090" in out and "A100" not in out and "yes" in out
     assert f"{36 / 2 * 2:.1f}" in out.split("RTX 4090")[1]
     assert not list(tmp_path.iterdir())

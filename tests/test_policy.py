@@ -287,7 +287,10 @@ def test_resolutions(tiny_folder):
     pipe = load_pipeline(tiny_folder)
     assert SD3Policy(pipe).latent_spec() == LatentSpec(channels=8, patch=2, side=8, largest=8)
     assert SD3Policy(pipe).latent_shape == SD3Policy(pipe, ModelConfig(resolution=32)).latent_shape == (8, 8, 8)
-    assert SD3Policy(pipe, ModelConfig(resolution=16)).latent_shape == (8, 4, 4) and SD3Policy(pipe, ModelConfig(resolution=16)).image_tokens == 4
+    assert (
+        SD3Policy(pipe, ModelConfig(resolution=16)).latent_shape == (8, 4, 4)
+        and SD3Policy(pipe, ModelConfig(resolution=16)).image_tokens == 4
+    )
     for wrong in (30, 40, 0, -8):
         with pytest.raises(ValueError, match=f"model.resolution is {wrong}; .* multiple of 8 up to 32"):
             SD3Policy(pipe, ModelConfig(resolution=wrong))
@@ -346,7 +349,8 @@ def test_what_is_no_pipeline(tiny_folder, tmp_path):
 def test_a_pipeline_of_another_kind(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(
-        ValueError, match="is a StableDiffusionPipeline; model.path must be one of FluxPipeline, QwenImagePipeline, Stable"
+        ValueError,
+        match="is a StableDiffusionPipeline; model.path must be one of FluxPipeline, QwenImagePipeline, Stable",
     ):
         load_policy(ModelConfig(str(tmp_path)))
 
@@ -419,9 +423,7 @@ def test_all_weights(tiny_folder, plain, noise, tmp_path, dtype):
         trained = policy.velocity(noise, SIGMA, embeds)
         with policy.reference():
             assert torch.equal(policy.velocity(noise, SIGMA, embeds), velocity)
-        assert (
-            torch.equal(policy.velocity(noise, SIGMA, embeds), trained) and (trained - velocity).abs().max() > 0.05
-        )
+        assert torch.equal(policy.velocity(noise, SIGMA, embeds), trained) and (trained - velocity).abs().max() > 0.05
     policy.save(tmp_path / "full")
     again = load_policy(ModelConfig(str(tiny_folder), dtype=dtype))
     again.load(tmp_path / "full")
@@ -502,7 +504,7 @@ def test_freed_text_encoders(tiny_folder, noise, tmp_path, cached):
 def test_the_prompts_that_a_run_needs():
     config = parse_config(["--epochs", "3", "--sampling.groups", "2", "--seed", "5", "--optim.updates", "1"])
     rows, test = [{"prompt": f"p{i}"} for i in range(50)], [{"prompt": "held out"}, {"prompt": "p1"}]
-    from vgpo.prompts.files import epoch_prompts
+    from vgpo.noise import epoch_prompts
 
     wanted = {f"p{i}" for epoch in range(3) for i in epoch_prompts(50, 2, 5, epoch)} | {"held out", "p1", ""}
     prompts = needed_prompts(config, rows, test)
@@ -567,7 +569,9 @@ def test_one_code_path_with_and_without_weights(tiny_folder, tmp_path):
         model = ModelConfig(str(tiny_folder), resolution=16, lora_rank=rank, tiny_vae=str(tmp_path / "good"))
         real, meta = load_policy(model), meta_policy(model)
         real.make_trainable(model)
-        assert real.latent_shape == meta.latent_shape and len(real.tiny_vae.state_dict()) == len(meta.tiny_vae.state_dict())
+        assert real.latent_shape == meta.latent_shape and len(real.tiny_vae.state_dict()) == len(
+            meta.tiny_vae.state_dict()
+        )
         assert [p.shape for p in real.parameters()] == [p.shape for p in meta.parameters()]
         assert all(p.is_meta for part in networks(meta.pipe).values() for p in part.parameters())
     for wrong, message in (

@@ -32,7 +32,7 @@ def test_finished_runs_are_kept_begun_ones_resumed_and_others_started(tmp_path, 
     monkeypatch.setattr(seeds.subprocess, "run", train)
     seeds.main(["--recipe", "tiny-ocr", "--output", str(tmp_path), "--epochs=2"])
     assert calls[0] == ["--resume", str(tmp_path / "tiny-ocr-1")]
-    start = ["--recipe", "tiny-ocr", "--seed=2", f"--output={tmp_path}", "--name=tiny-ocr-2", "--epochs=2"]
+    start = ["--recipe", "tiny-ocr", "--seed=2", f"--output_dir={tmp_path}", "--name=tiny-ocr-2", "--epochs=2"]
     assert calls[1:] == [start]
     assert "change +0.200, from +0.100 to +0.300" in capsys.readouterr().out
 

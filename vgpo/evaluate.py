@@ -21,7 +21,7 @@ from tqdm.auto import trange
 from .config import parse_config
 from .flow import ode_sample
 from .policies.base import load_policy
-from .prompts.files import sample_noise
+from .noise import sample_noise
 from .rewards.base import Scores, score
 
 # %% ../nbs/evaluation/60_statistics.ipynb #c006

@@ -20,12 +20,9 @@ from accelerate.utils.memory import clear_device_cache
 from fastcore.basics import patch
 
 import vgpo.policies
+from . import loading, lora
 from .embeds import EmbeddingCache, PromptEmbeds, PromptEncoder
-from .loading import LatentSpec, ModelConfig, check_tiny_vae, check_tokens, freeze, latent_side, networks
-from .loading import load_pipeline, load_tiny_vae, model_index, pipeline_from_configs, read_configs
-from .loading import reduce_vae_memory, resolution_shift
-from .lora import LORA_TARGETS, adapters_disabled, add_adapters, check_targets, save_lora, save_transformer
-from .lora import unscale_gradients, use_weights, used_layers
+from .loading import LatentSpec, ModelConfig, check_tokens, freeze, latent_side, load_pipeline, networks
 from .shard import repeated_blocks, reshard, shard_like, shard_network
 
 # %% ../../nbs/training/34_policy.ipynb #c006
@@ -33,7 +30,7 @@ class Policy:
     "A diffusers pipeline as a policy: its transformer is trained, by adapters or as a whole, everything else is frozen."
     pipeline_class: str | None = None  # name of the diffusers pipeline that a subclass is for
     default_tokens, token_range = 512, (1, 512)  # of a prompt in the large text encoder
-    targets = LORA_TARGETS  # layers that are adapted, by the end of their names
+    targets = lora.LORA_TARGETS  # layers that are adapted, by the end of their names
 
     def latent_spec(self) -> LatentSpec: "How large the latents are."; raise NotImplementedError
 
@@ -88,7 +85,7 @@ def precompute(self: Policy, prompts: Sequence[str]):
 @patch
 def schedule(self: Policy, num_steps: int) -> dict:
     "What the pipeline tells its scheduler for that many steps: the arguments of `set_timesteps`."
-    return {"num_inference_steps": num_steps, **resolution_shift(self.pipe.scheduler, self.image_tokens)}
+    return {"num_inference_steps": num_steps, **loading.resolution_shift(self.pipe.scheduler, self.image_tokens)}
 
 
 @patch
@@ -156,7 +153,7 @@ def decode(self: Policy, latents: torch.Tensor, batch_size: int | None = None, v
 @patch
 def add_tiny_vae(self: Policy, vae):
     "Let a small autoencoder decode what is scored before the last step; ValueError if it was made for other latents."
-    check_tiny_vae(vae, self.latent_shape[0], self.pipe.vae_scale_factor)
+    loading.check_tiny_vae(vae, self.latent_shape[0], self.pipe.vae_scale_factor)
     self.tiny_vae = vae.requires_grad_(False).eval().to(self.device)
 
 
@@ -185,11 +182,11 @@ def unused_parameters(self: Policy) -> tuple[str, ...]:
 @patch
 def add_lora(self: Policy, rank: int = 32, alpha: float = 64, targets: Sequence[str] | None = None, seed: int = 0):
     "Give the transformer trainable low-rank adapters, in float32; they start as the identity. ValueError for unknown targets."
-    check_targets(self.network, targets or ())
+    lora.check_targets(self.network, targets or ())
     targets, unused = targets or self.targets, self.unused_parameters()
-    add_adapters(self.network, rank, alpha, used_layers(self.network, targets, unused) if unused else targets, seed)
+    lora.add_adapters(self.network, rank, alpha, lora.used_layers(self.network, targets, unused) if unused else targets, seed)
     for p in self.parameters(): p.data = p.data.float()
-    unscale_gradients(self.parameters(), self.grad_scale)
+    lora.unscale_gradients(self.parameters(), self.grad_scale)
 
 # %% ../../nbs/training/34_policy.ipynb #c041
 @patch
@@ -200,7 +197,7 @@ def full_finetune(self: Policy):
     self.reference_weights = [p.detach().to("cpu", copy=True) for p in self.parameters()]
     self.network.float()
     self.autocast = self.dtype != torch.float32
-    unscale_gradients(self.parameters(), self.grad_scale)
+    lora.unscale_gradients(self.parameters(), self.grad_scale)
 
 # %% ../../nbs/training/34_policy.ipynb #c044
 @patch
@@ -208,8 +205,8 @@ def full_finetune(self: Policy):
 def reference(self: Policy) -> Iterator[None]:
     "Within this context the velocity is that of the model before training."
     if not self.parameters(): context = nullcontext()
-    elif self.reference_weights: context = use_weights(self.parameters, self.reference_weights)
-    else: context = adapters_disabled(self.pipe.transformer)
+    elif self.reference_weights: context = lora.use_weights(self.parameters, self.reference_weights)
+    else: context = lora.adapters_disabled(self.pipe.transformer)
     with context: yield
 
 # %% ../../nbs/training/34_policy.ipynb #c047
@@ -219,8 +216,8 @@ def save(self: Policy, folder: str | Path, write: bool = True):
 
     With a sharded network all processes must call this; those whose `write` is false only give their shard.
     """
-    if self.reference_weights: save_transformer(self.pipe.transformer, folder, write)
-    else: save_lora(self.pipe, folder, write)
+    if self.reference_weights: lora.save_transformer(self.pipe.transformer, folder, write)
+    else: lora.save_lora(self.pipe, folder, write)
 
 
 @patch
@@ -269,13 +266,13 @@ def load_policy(model: ModelConfig, device: str | torch.device = "cpu") -> Polic
 
     Raises what `load_pipeline` (on `meta`: `read_configs`) raises, and ValueError for a pipeline or options that do not fit."""
     dtype, meta = getattr(torch, model.dtype), torch.device(device).type == "meta"
-    index = read_configs(model.path) if meta else model_index(model.path, model.revision)
+    index = loading.read_configs(model.path) if meta else loading.model_index(model.path, model.revision)
     known, name = policy_classes(), index.get("_class_name")
     if name not in known: raise ValueError(f"{model.path} is a {name}; model.path must be one of {', '.join(sorted(known))}")
-    pipe = pipeline_from_configs(model.path, dtype) if meta else load_pipeline(model.path, dtype, model.revision)
+    pipe = loading.pipeline_from_configs(model.path, dtype) if meta else load_pipeline(model.path, dtype, model.revision)
     policy = known[name](pipe, model, device)
-    reduce_vae_memory(pipe, model.vae_tiling, model.vae_slicing)
-    if model.tiny_vae: policy.add_tiny_vae(load_tiny_vae(model.tiny_vae, dtype, device))
+    loading.reduce_vae_memory(pipe, model.vae_tiling, model.vae_slicing)
+    if model.tiny_vae: policy.add_tiny_vae(loading.load_tiny_vae(model.tiny_vae, dtype, device))
     return policy
 
 

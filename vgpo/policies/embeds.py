@@ -103,7 +103,7 @@ class PromptEncoder:
         found = {prompt: self.cached(prompt) for prompt in dict.fromkeys(prompts)}
         return collate([found[prompt] for prompt in prompts])
 
-
+# %% ../../nbs/training/31_embeds.ipynb #c018
 @patch
 def lookup(self: PromptEncoder, prompt: str) -> PromptEmbeds:
     "The PromptEmbeds of a prompt that is not in memory: from the disk, else encoded; ValueError once that is over."
@@ -116,7 +116,7 @@ def lookup(self: PromptEncoder, prompt: str) -> PromptEmbeds:
     if self.disk: self.disk.put(prompt, encoded)
     return encoded
 
-# %% ../../nbs/training/31_embeds.ipynb #c019
+# %% ../../nbs/training/31_embeds.ipynb #c020
 @patch
 def precompute(self: PromptEncoder, prompts: Sequence[str]):
     "Encode all prompts that will be asked for, the empty one among them, and let go of the encoders."
@@ -125,7 +125,7 @@ def precompute(self: PromptEncoder, prompts: Sequence[str]):
     for prompt in prompts: self.cached(prompt)
     self.encode_one = None
 
-# %% ../../nbs/training/31_embeds.ipynb #c022
+# %% ../../nbs/training/31_embeds.ipynb #c023
 def zero_embeds(batch_size: int, length: int, width: int, pooled: int | None = None, *, dtype: torch.dtype,
                 device: str | torch.device) -> PromptEmbeds:
     "PromptEmbeds of zeros: `length` tokens of `width` numbers, and a pooled vector of `pooled` where there is one."

@@ -20,7 +20,12 @@ from typing import Any, Literal, NamedTuple
 import diffusers
 import torch
 import transformers
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 
@@ -169,7 +174,7 @@ def read_part(folder: Path) -> dict:
         if (folder / name).is_file(): return json.loads((folder / name).read_text())
     raise FileNotFoundError(f"{folder} holds no configuration; the pipeline is not complete")
 
-
+# %% ../../nbs/training/30_loading.ipynb #c029
 def read_configs(path: str | Path) -> dict[str, Any]:
     """The configurations of a model's parts by name, `_class_name` among them.
 
@@ -188,7 +193,7 @@ def read_configs(path: str | Path) -> dict[str, Any]:
     return {"_class_name": index["_class_name"]} | {
         name: read_part(source / name) | {"_class_name": kind} for name, kind in parts.items()}
 
-# %% ../../nbs/training/30_loading.ipynb #c030
+# %% ../../nbs/training/30_loading.ipynb #c032
 def part_from_config(config: dict, dtype: torch.dtype, device: str | torch.device = "meta"):
     "A network from its configuration, on the meta device without values, on another with random ones; or a scheduler."
     config = dict(config)
@@ -202,7 +207,7 @@ def part_from_config(config: dict, dtype: torch.dtype, device: str | torch.devic
         if t.is_floating_point(): t.data = t.data.to(torch.float32 if any(k in key for k in kept) else dtype)
     return part
 
-
+# %% ../../nbs/training/30_loading.ipynb #c034
 def pipeline_from_configs(path: str | Path, dtype: torch.dtype, device: str | torch.device = "meta",
                           without: tuple[str, ...] = ("tokenizer",)):
     "The diffusers pipeline of `read_configs(path)`, without the parts whose names begin with one of `without`."
@@ -217,7 +222,7 @@ def pipeline_from_configs(path: str | Path, dtype: torch.dtype, device: str | to
     if tokens: pipe.tokenizer_max_length = tokens  # else the pipeline's class knows it
     return pipe
 
-# %% ../../nbs/training/30_loading.ipynb #c035
+# %% ../../nbs/training/30_loading.ipynb #c039
 class LatentSpec(NamedTuple):
     "The latents of a model, which are square."
     channels: int
@@ -241,7 +246,7 @@ def check_tokens(tokens: int, least: int, most: int):
     if not least <= tokens <= most:
         raise ValueError(f"model.max_sequence_length is {tokens}; for this model it must lie in {least} to {most}")
 
-# %% ../../nbs/training/30_loading.ipynb #c036
+# %% ../../nbs/training/30_loading.ipynb #c040
 def resolution_shift(scheduler, image_tokens: int) -> dict[str, float]:
     "{`mu`: its value for that many image tokens} where the scheduler's shift depends on the resolution, else {}."
     c = scheduler.config
@@ -250,7 +255,7 @@ def resolution_shift(scheduler, image_tokens: int) -> dict[str, float]:
 
     return {"mu": calculate_shift(image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)}
 
-# %% ../../nbs/training/30_loading.ipynb #c039
+# %% ../../nbs/training/30_loading.ipynb #c043
 def load_tiny_vae(path: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu"):
     "The AutoencoderTiny in a folder or on the hub, or on the device `meta` its shapes; OSError if it cannot be loaded."
     if torch.device(device).type == "meta": return part_from_config(read_configs(path)["vae"], dtype)

@@ -106,7 +106,8 @@ def prompt_sources() -> dict[str, Callable[..., list[dict]]]:
 def find_source(name: str) -> Callable[..., list[dict]]:
     "The function that a source's name or `module:function` stands for; ValueError if there is none."
     if ":" not in name and name not in SOURCES and name not in prompt_sources():
-        raise ValueError(f"unknown source of prompts {name!r}: use one of {', '.join(prompt_sources())}, or 'module:function'")
+        known = ", ".join(prompt_sources())
+        raise ValueError(f"unknown source of prompts {name!r}: use one of {known}, or 'module:function'")
     try: return SOURCES[name] if name in SOURCES else pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as e:
         raise ValueError(f"prompts {name!r} cannot be imported ({e}); use an importable 'module:function'") from e

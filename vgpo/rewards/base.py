@@ -30,10 +30,14 @@ class Scores:
     scaled: torch.Tensor  # (B,) float32 in [0, 1]: what training sees
     strict: torch.Tensor | None = None  # (B,) bool: right or wrong, where the metric knows
     details: list[dict] = field(default_factory=list)  # one dict a picture: whatever explains its score
-    parts: dict[str, "Scores"] = field(default_factory=dict)  # by name, where several rewards were combined
+    parts: dict[str, "Scores"] = field(default_factory=dict)
+    def __getitem__(self, rows):
+        d = self.details if isinstance(rows, slice) else [self.details[i] for i in rows] if self.details else []
+        return Scores(self.raw[rows], self.scaled[rows], None if self.strict is None else self.strict[rows], d[rows] if isinstance(rows, slice) else d, {k: v[rows] for k, v in self.parts.items()})
+      # by name, where several rewards were combined
 
 # %% ../../nbs/world/20_rewards.ipynb #c015
-class Reward(Protocol):
+class Reward:
     "Anything with a name, a declared scale, and a call that judges pictures."
     name: str
     scale: str  # one line: how a raw score becomes a number in [0, 1]
@@ -44,7 +48,7 @@ class Reward(Protocol):
         ...
 
 # %% ../../nbs/world/20_rewards.ipynb #c017
-class FunctionReward:
+class FunctionReward(Reward):
     "A reward from a plain function `fn(images, prompts, metadata)` that returns B scores in [0, 1]."
 
     def __init__(self, fn: Callable[..., Sequence[float]], name: str | None = None):
@@ -165,7 +169,7 @@ def built(name, maker, options):
     except TypeError as e: raise ValueError(f"reward {name!r} cannot be made: {e}; see reward.options") from e
 
 
-def make_reward(name: str, **options: Any) -> Reward:
+def old_make_reward(name: str, **options: Any) -> Reward:
     """The reward called `name`: one of `REWARDS`, 'module:function' for a function as FunctionReward takes it, or
     'module:Class' for a class whose objects are rewards. What follows an `@` is a label, as in `remote@ocr`.
 
@@ -208,3 +212,32 @@ def configured_reward(config: Any) -> Reward:
     if not config.parts: return make_reward(config.name, **config.options)
     made = {name: make_reward(name, **config.part_options.get(name, {})) for name in config.parts}
     return CombinedReward(made, config.parts)
+
+
+def make_reward(spec, **options):
+    from functools import partial as P
+    if isinstance(spec, Reward): return spec
+    if isinstance(spec, str):
+        if ":" in spec: return old_make_reward(spec, **options)
+        spec = {"class_path": spec, "init_args": options}
+    if isinstance(spec, dict):
+        import jsonargparse
+        from jsonargparse import ArgumentParser
+        import vgpo.world.detector, vgpo.rewards.ocr, vgpo.rewards.own
+        p = ArgumentParser(exit_on_error=False)
+        p.add_argument("--reward", type=Reward)
+        import copy; return p.instantiate(p.parse_object({"reward": copy.deepcopy(spec)})).reward
+    return spec()
+
+from dataclasses import dataclass as _d
+@_d
+class Combined(Reward):
+    "combined"
+    rewards: dict[str, Callable[[], Reward] | str] = field(default_factory=dict)
+    """which"""
+    weights: dict[str, float] = field(default_factory=dict)
+    """weights"""
+    def __post_init__(self):
+        self.inner = CombinedReward({k: make_reward(v) for k, v in self.rewards.items()}, self.weights)
+        self.weights = self.inner.weights; self.name = self.inner.name; self.scale = self.inner.scale; self.version = self.inner.version
+    def __call__(self, images, prompts, metadata): return self.inner(images, prompts, metadata)

@@ -74,7 +74,8 @@ def engine_version(engine) -> str:
     return f"rapidocr {version('rapidocr')}, onnxruntime {version('onnxruntime')}, {weights}"
 
 # %% ../../nbs/world/22_ocr.ipynb #c024
-class OCR:
+from .base import Reward
+class OCR(Reward):
     """The OCR reward: raw is `text_score` of what was read, strict its equality with the target after `normalize`.
 
     mode 'recognise': the whole picture is one line of text (small pictures); 'full': lines are detected first.

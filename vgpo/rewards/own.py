@@ -23,7 +23,8 @@ def jpeg_bytes(image: np.ndarray, quality: int = 95) -> int:
     return file.tell()
 
 
-class JPEG:
+from .base import Reward
+class JPEG(Reward):
     """Does the picture compress well? raw is -(bytes / 1000) / 500 of its JPEG file, as in Flow-GRPO; no prompt needed.
 
     quality: of the JPEG file, 1 to 100. The scale is made for pictures of about 512 × 512; files beyond half a megabyte

@@ -17,11 +17,12 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..distributed import Stop, broadcast, raise_on_all_ranks
-from ..evaluation.scores import Evaluation, evaluate
+from ..evaluation.scores import Evaluation, evaluate, load_evaluation
 from ..files import atomic_write
 from ..noise import epoch_prompts
 from ..policies.base import load_policy
 from ..prompts.files import check_rows, load_prompts
+from ..plots import evenly_spaced
 from ..report import write_report
 from ..rewards.base import Reward, RewardError, make_reward
 from .callbacks import Clock, Every, Log, RatioCheck, SaveImages, SkipNonFinite, StopWhenAsked
@@ -104,12 +105,12 @@ def evaluate_before(self: Session) -> Evaluation:
     kept = self.folder / "before"
     settings = self.evaluation_settings()
     def found(): return (kept / "settings.json").is_file() and json.loads((kept / "settings.json").read_text()) == settings
-    if broadcast(self.accelerator, found): return Evaluation.load(kept)
+    if broadcast(self.accelerator, found): return load_evaluation(kept)
     with self.trainer.policy.reference(): result = self.evaluate()
     with raise_on_all_ranks(self.accelerator):
         if self.main:
             shutil.rmtree(kept, ignore_errors=True)
-            result.save(kept)
+            result.save(kept, shown=evenly_spaced(result.tags, 24))
             atomic_write(kept / "settings.json", json.dumps(settings))
     return result
 
