@@ -1,4 +1,4 @@
-"Prompts and noise are functions of a few integers, and of nothing else."
+"Noise and prompts of an epoch as functions of a few integers."
 
 import pytest
 import torch
@@ -18,6 +18,12 @@ def test_epoch_prompts_are_a_function_of_seed_and_epoch():
         epoch_prompts(5, 6, 0, 0)
 
 
+def test_every_prompt_gets_its_turn():
+    picks = torch.tensor([epoch_prompts(40, 8, 0, epoch) for epoch in range(1000)])
+    counts = torch.bincount(picks.flatten(), minlength=40)
+    assert (counts - 200).abs().max() < 4.5 * (1000 * 0.2 * 0.8) ** 0.5  # two-sided, 40 prompts: p < 3e-4
+
+
 def test_noise_is_a_function_of_its_key_alone():
     wanted = sample_noise((3, 4), 1, 23, 4, 5)
     torch.manual_seed(7)
@@ -33,6 +39,7 @@ def test_noise_is_pinned():
     assert generator("noise", 0, 0, 0, 0).initial_seed() == 0xC75D3716838242
     wanted = torch.tensor([-0.2331, -2.0637, -1.7135])
     assert_close(sample_noise((3,), 0, 0, 0, 0), wanted, atol=1e-4, rtol=0)
+    assert epoch_prompts(1000, 4, 0, 0) == [884, 81, 13, 599]
 
 
 def test_images_do_not_depend_on_the_batch_size(policy):

@@ -40,9 +40,9 @@ def check_rollout(noise, sigmas, step_noise=None, group=None):
     if step_noise is not None and step_noise.shape != wanted:
         raise ValueError(f"step_noise must be (B, T, …) = {wanted}, got {tuple(step_noise.shape)}")
     if group is not None and (group.shape != (len(noise),) or group.is_floating_point()):
-        raise ValueError(f"group must hold {len(noise)} integers, one a sample, got {group.dtype} {tuple(group.shape)}")
+        raise ValueError(f"group must hold {len(noise)} integers, one per sample, got {group.dtype} {tuple(group.shape)}")
 
-
+# %% ../nbs/method/04_rollout.ipynb #c013
 def noisy_steps(sde_steps, count, steps):
     """Which steps of which samples draw noise, bool (count, steps).
 
@@ -58,7 +58,7 @@ def noisy_steps(sde_steps, count, steps):
         raise ValueError(f"sde_steps must lie in 1 to {steps}, the number of steps, got {sde_steps}")
     return (torch.arange(steps) < (steps if sde_steps is None else sde_steps)).expand(count, steps)
 
-# %% ../nbs/method/04_rollout.ipynb #c012
+# %% ../nbs/method/04_rollout.ipynb #c016
 def take_step(x, velocity, sigmas, j, sampler, noisy, noise):
     """Next states (B, …), log-probabilities (B,) and means (B, …) of step j from states x (B, …).
 
@@ -76,13 +76,13 @@ def take_step(x, velocity, sigmas, j, sampler, noisy, noise):
     rows = noisy.reshape(-1, *[1] * (x.ndim - 1))
     return torch.where(rows, x_next, euler), torch.where(noisy, log_prob, 0.0), torch.where(rows, step.mean, euler)
 
-# %% ../nbs/method/04_rollout.ipynb #c013
+# %% ../nbs/method/04_rollout.ipynb #c017
 @torch.no_grad()
 def rollout(velocity_fn, noise, sigmas, sampler, step_noise=None, group=None, generator=None, sde_steps=None,
             keep_means=False):
     """Sample B trajectories from `noise` (B, …) and keep all that training needs.
 
-    `velocity_fn(x, sigma) -> velocity` is called once a step. `step_noise` (B, T, …) fixes the noise of
+    `velocity_fn(x, sigma) -> velocity` is called once per step. `step_noise` (B, T, …) fixes the noise of
     every step, otherwise `generator` draws it. Only the first `sde_steps` steps use the sampler (default: all; or those
     marked in a bool (B, T)), the others follow the ODE. Steps without noise get log-probability 0 and cannot be
     replayed. `group` (B,) holds integer prompt ids, all 0 by default. `keep_means` keeps the means of all steps too.
@@ -100,9 +100,10 @@ def rollout(velocity_fn, noise, sigmas, sampler, step_noise=None, group=None, ge
         log_probs.append(log_prob)
         if keep_means: means.append(mean)
     group = torch.zeros(len(noise), dtype=torch.int64, device=noise.device) if group is None else group
-    return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), torch.stack([*clean[1:], x], 1), sigmas, group, clean[0],
-                      torch.stack(means, 1) if keep_means else None)
+    return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), torch.stack([*clean[1:], x], 1), sigmas, group,
+                      clean[0], torch.stack(means, 1) if keep_means else None)
 
+# %% ../nbs/method/04_rollout.ipynb #c021
 def clean_at(path, states):
     """The clean estimates (B, S, …) of a Trajectory at S of its states, which count from 0, the noise, to T, the end.
 
@@ -110,7 +111,7 @@ def clean_at(path, states):
     """
     return torch.stack([path.clean[:, state - 1] if state else path.first_clean for state in states], 1)
 
-# %% ../nbs/method/04_rollout.ipynb #c030
+# %% ../nbs/method/04_rollout.ipynb #c037
 def replay(velocity_fn, path, j, sampler):
     """The Transition of step j of the Trajectory `path`, recomputed at its stored states, gradients included.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from fastcore.basics import patch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from .noise import generator
@@ -33,13 +34,15 @@ class Window:
         "The last step that the window can reach."
         raise NotImplementedError
 
-    def mask(self, num_steps: int, seed: int, epoch: int, prompts: list[int]) -> torch.Tensor:
-        "Which steps of B samples draw noise, bool (B, num_steps), on the CPU; `prompts` (B) are their prompts' indices."
-        first = torch.as_tensor(self.first_step(num_steps, seed, epoch, prompts)).expand(len(prompts))[:, None]
-        steps = torch.arange(num_steps)
-        return (steps >= first) & (steps < first + self.size)
+# %% ../nbs/method/08_windows.ipynb #c009
+@patch
+def mask(self: Window, num_steps: int, seed: int, epoch: int, prompts: list[int]) -> torch.Tensor:
+    "Which steps of B samples draw noise, bool (B, num_steps), on the CPU; `prompts` (B) are their prompts' indices."
+    first = torch.as_tensor(self.first_step(num_steps, seed, epoch, prompts)).expand(len(prompts))[:, None]
+    steps = torch.arange(num_steps)
+    return (steps >= first) & (steps < first + self.size)
 
-
+# %% ../nbs/method/08_windows.ipynb #c010
 @dataclass
 class Leading(Window):
     "The first steps (Flow-GRPO, arXiv:2505.05470)."
@@ -49,7 +52,7 @@ class Leading(Window):
     def first_step(self, num_steps, seed, epoch, prompts): return 0
     def last_step(self, num_steps): return self.size - 1
 
-# %% ../nbs/method/08_windows.ipynb #c009
+# %% ../nbs/method/08_windows.ipynb #c012
 @dataclass
 class Random(Window):
     "A new place every epoch, or for every group (Flow-GRPO-Fast)."
@@ -69,15 +72,22 @@ class Random(Window):
 
     def last_step(self, num_steps): return self.places(num_steps)[-1] + self.size - 1
 
-    def check(self, num_steps):
-        super().check(num_steps)
-        stop = num_steps - 1 if self.stop is None else self.stop
-        if stop > num_steps: raise ValueError(f"window.stop is {stop}; it must lie in 1 to rollout.num_inference_steps, {num_steps}")
-        if not self.places(num_steps):
-            raise ValueError(f"window.size is {self.size}; the window must fit between window.start, {self.start}, and "
-                             f"window.stop, {stop}: lower size, or leave more room")
+# %% ../nbs/method/08_windows.ipynb #c014
+@patch
+def check(self: Random, num_steps: int):
+    "Raise ValueError, naming option and remedy, if the window does not fit into so many steps."
+    Window.check(self, num_steps)
+    stop = num_steps - 1 if self.stop is None else self.stop
+    if stop > num_steps:
+        raise ValueError(f"window.stop is {stop}; it must lie in 1 to rollout.num_inference_steps, {num_steps}")
+    if not self.places(num_steps):
+        raise ValueError(f"window.size is {self.size}; the window must fit between window.start, {self.start}, and "
+                         f"window.stop, {stop}: lower size, or leave more room")
 
-    def first_step(self, num_steps, seed, epoch, prompts):
-        places = self.places(num_steps)
-        def draw(*key): return places[int(torch.randint(len(places), (), generator=generator("window", seed, epoch, *key)))]
-        return draw() if self.per == "epoch" else torch.tensor([draw(prompt) for prompt in prompts])
+# %% ../nbs/method/08_windows.ipynb #c016
+@patch
+def first_step(self: Random, num_steps: int, seed: int, epoch: int, prompts: list[int]) -> int | torch.Tensor:
+    "A function of seed, epoch and, for windows per group, prompt: a step, or one for each of B samples (B,)."
+    places = self.places(num_steps)
+    def draw(*key): return places[int(torch.randint(len(places), (), generator=generator("window", seed, epoch, *key)))]
+    return draw() if self.per == "epoch" else torch.tensor([draw(prompt) for prompt in prompts])

@@ -9,6 +9,8 @@ __all__ = ['VGPO']
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from fastcore.basics import patch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..advantages import value_anchored
@@ -40,7 +42,10 @@ class VGPO(Credit):
                              f"rollout.num_inference_steps, {num_steps}")
         return spaced_states(num_steps, self.num_scored_steps)
 
-    def __call__(self, rewards, group):
-        values = discounted_values(rewards[:, 1:], self.gamma)
-        advantages = value_anchored(values, group, self.anchor_weight, self.anchor_steps, scale_rewards=self.scale_rewards)
-        return advantages.clamp(-self.advantage_clip, self.advantage_clip)
+# %% ../../nbs/credit/15_vgpo_estimator.ipynb #c007
+@patch
+def __call__(self: VGPO, rewards: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    "Advantages (N, T) from the rewards (N, T+1) of all states, in [0, 1], and prompt ids (N,); ValueError if negative."
+    values = discounted_values(rewards[:, 1:], self.gamma)
+    advantages = value_anchored(values, group, self.anchor_weight, self.anchor_steps, scale_rewards=self.scale_rewards)
+    return advantages.clamp(-self.advantage_clip, self.advantage_clip)

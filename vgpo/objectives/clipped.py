@@ -11,6 +11,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from fastcore.basics import patch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 
 from ..losses import clipped_surrogate, velocity_kl
@@ -51,9 +52,6 @@ class ClippedSurrogate(Objective):
         return step.log_prob(column(path.latents, j + 1)), column(path.log_probs, j), {}
 
 # %% ../../nbs/training/37_clipped.ipynb #c008
-from fastcore.basics import patch
-
-
 @patch
 def loss(self: ClippedSurrogate, policy, batch, step, sampler):
     "(loss, statistics) of one trained step of a MicroBatch; see Objective."
