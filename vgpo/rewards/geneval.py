@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['TAGS', 'RELATIONS', 'Detection', 'Detector', 'confident', 'by_class', 'relations', 'stand', 'official',
            'flow_grpo_score', 'count_score', 'color_share', 'soft_score', 'unmentioned', 'judge', 'check_row',
-           'check_clause', 'check_position', 'GenEval', 'accuracy_by_task']
+           'check_clause', 'check_position', 'GenEvalRules', 'accuracy_by_task']
 
 # %% ../../nbs/world/21_geneval.ipynb #c002
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from .base import Scores
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+
+from ..plugs import check_fields
+from .base import Reward, Scores, imported
 
 # %% ../../nbs/world/21_geneval.ipynb #c006
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -202,23 +205,36 @@ def check_position(position, i, need):
          f"position index {target!r} of clause {i} must be that of an earlier include clause, the target")
 
 # %% ../../nbs/world/21_geneval.ipynb #c043
-class GenEval:
-    """The GenEval reward: raw is the training score, strict GenEval's official verdict.
+@dataclass
+class GenEvalRules(Reward):
+    """GenEval's rules over a detector: raw is the training score, strict GenEval's official verdict.
 
-    detector: images (B, H, W, 3) -> detections. threshold, counting_threshold: what a detection's score must exceed,
-    the second one in counting rows. max_per_class: keep at most so many. closed: objects that no clause
-    names lower the score, see `soft_score`. flow_grpo_compat: Flow-GRPO's score instead.
     Metadata are GenEval rows, see `check_row`; ValueError names the prompt of a bad one.
     """
+    detector: Callable | str | None = None
+    """finds objects, images (B, H, W, 3) -> detections: a function, or where it is, as `module:function`"""
+    threshold: ClosedUnitInterval = 0.3
+    """what a detection's score must exceed"""
+    counting_threshold: ClosedUnitInterval = 0.9
+    """the same in counting rows"""
+    max_per_class: PositiveInt = 16
+    """detections that are kept per class, at most"""
+    closed: bool = False
+    """objects that no clause names lower the score"""
+    flow_grpo_compat: bool = False
+    """Flow-GRPO's score instead"""
 
-    def __init__(self, detector: Detector, threshold: float = 0.3, counting_threshold: float = 0.9,
-                 max_per_class: int = 16, closed: bool = False, flow_grpo_compat: bool = False):
-        self.detector, self.max_per_class = detector, max_per_class
-        self.closed, self.flow_grpo_compat = closed, flow_grpo_compat
-        self.threshold, self.counting_threshold = threshold, counting_threshold
-        self.name = "geneval-flow-grpo" if flow_grpo_compat else "geneval"
-        self.scale = "at most 1; below 0 becomes 0" if flow_grpo_compat else "already in [0, 1]"
-        self.version = f"GenEval's rules over {getattr(detector, 'version', type(detector).__name__)}"
+    def __post_init__(self):
+        check_fields(self)
+        if isinstance(self.detector, str): self.detector = imported(self.detector)
+        if self.detector is None: self.detector = self.make_detector()
+        self.name = "geneval-flow-grpo" if self.flow_grpo_compat else "geneval"
+        self.scale = "at most 1; below 0 becomes 0" if self.flow_grpo_compat else "already in [0, 1]"
+        self.version = f"GenEval's rules over {getattr(self.detector, 'version', type(self.detector).__name__)}"
+
+    def make_detector(self) -> Detector:
+        "The detector of a subclass that brings one."
+        raise ValueError("GenEvalRules needs a detector: give the option detector, as module:function")
 
     def check_row(self, row):
         "ValueError if a prompt row is not one that GenEval can judge."

@@ -9,12 +9,17 @@ __all__ = ['QUOTED', 'RECOGNISE', 'FULL', 'normalize', 'levenshtein', 'text_scor
 # %% ../../nbs/world/22_ocr.ipynb #c002
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Literal
 
 import numpy as np
 import torch
 
-from .base import Scores
+from jsonargparse.typing import PositiveInt
+
+from ..plugs import check_fields
+from .base import Reward, Scores
 
 # %% ../../nbs/world/22_ocr.ipynb #c007
 def normalize(text: str) -> str:
@@ -74,24 +79,26 @@ def engine_version(engine) -> str:
     return f"rapidocr {version('rapidocr')}, onnxruntime {version('onnxruntime')}, {weights}"
 
 # %% ../../nbs/world/22_ocr.ipynb #c024
-from .base import Reward
+@dataclass
 class OCR(Reward):
-    """The OCR reward: raw is `text_score` of what was read, strict its equality with the target after `normalize`.
-
-    mode 'recognise': the whole picture is one line of text (small pictures); 'full': lines are detected first.
-    width: the recogniser's least input width in pixels (default 48, in mode 'full' 320). threads: pictures are read
-    in so many threads, each with an engine of its own. batch_size: pictures a call of the recogniser.
-    """
+    "The text on an image: raw is `text_score` of what was read, strict its equality with the target after `normalize`."
+    threads: PositiveInt = 2
+    """images are read in so many threads, each with an engine of its own"""
+    mode: Literal["recognise", "full"] = "recognise"
+    """the whole image is one line of text (small images), or lines are detected first"""
+    width: PositiveInt | None = None
+    """the recogniser's least input width in pixels; default: 48, in mode full 320"""
+    batch_size: PositiveInt = 16
+    """images in one call of the recogniser"""
 
     name, scale = "ocr", "already in [0, 1]"
+    harmless = frozenset({"threads", "batch_size"})
 
-    def __init__(self, threads: int = 2, mode: str = "recognise", width: int | None = None, batch_size: int = 16):
-        if mode not in ("recognise", "full"): raise ValueError(f"mode must be 'recognise' or 'full', got {mode!r}")
-        self.mode, self.width = mode, (48 if mode == "recognise" else 320) if width is None else width
-        for key, value in {"threads": threads, "width": self.width, "batch_size": batch_size}.items():
-            if value < 1: raise ValueError(f"{key} must be at least 1, got {value}")
-        self.engines = [make_engine(self.width, batch_size) for _ in range(threads)]
-        self.pool, self.version = ThreadPoolExecutor(threads), engine_version(self.engines[0])
+    def __post_init__(self):
+        check_fields(self)
+        width = self.width or (48 if self.mode == "recognise" else 320)
+        self.engines = [make_engine(width, self.batch_size) for _ in range(self.threads)]
+        self.pool, self.version = ThreadPoolExecutor(self.threads), engine_version(self.engines[0])
 
     def check_row(self, row):
         "ValueError if a prompt row has no target."

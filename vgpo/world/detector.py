@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['BITS', 'color_table', 'name_colors', 'components', 'sample_masks', 'sample_shapes', 'templates', 'similarity',
-           'ShapeDetector', 'geneval_shapes']
+           'ShapeDetector', 'GenEvalShapes']
 
 # %% ../../nbs/world/25_detector.ipynb #c002
 import random
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
+from jsonargparse.typing import ClosedUnitInterval
 from scipy import ndimage
 
-from ..rewards.geneval import Detection, GenEval
+from ..rewards.geneval import Detection, GenEvalRules
 from .scenes import COLORS, SHAPES, SIZE, draw_shape
 
 # %% ../../nbs/world/25_detector.ipynb #c007
@@ -143,16 +145,13 @@ class ShapeDetector:
         return found
 
 # %% ../../nbs/world/25_detector.ipynb #c043
-def geneval_shapes(**options):
-    "GenEval's rules over the tiny world's detector, in a closed world. Options: see `vgpo.rewards.geneval.GenEval`."
-    return GenEval(ShapeDetector(), **({"threshold": 0.6, "counting_threshold": 0.6, "closed": True} | options))
-
-
-from vgpo.rewards.base import Reward
-class GenEvalShapes(Reward):
-    "shapes"
-    name="x"
-    def __init__(self):
-        self.inner = geneval_shapes(); self.name, self.scale, self.version = self.inner.name, self.inner.scale, self.inner.version
-    def __call__(self, *a): return self.inner(*a)
-    def check_row(self, row): return self.inner.check_row(row)
+@dataclass
+class GenEvalShapes(GenEvalRules):
+    "GenEval's rules over the tiny world's detector, in a closed world."
+    threshold: ClosedUnitInterval = 0.6
+    """what a detection's score must exceed"""
+    counting_threshold: ClosedUnitInterval = 0.6
+    """the same in counting rows"""
+    closed: bool = True
+    """objects that no clause names lower the score"""
+    def make_detector(self): return ShapeDetector()
