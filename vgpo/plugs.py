@@ -33,7 +33,13 @@ def misfit(value: Any, kind: Any) -> str | None:
 
 
 def check_fields(plug: Any):
-    "Raise ValueError, naming class and field, for the first field of a dataclass whose value its type does not allow."
+    """Raise ValueError, naming class and field, for the first field of a dataclass whose value its type does not allow.
+
+    Numbers of a restricted type, as jsonargparse makes them, become plain ones, which every library takes.
+    """
     for f in fields(plug):
+        value = getattr(plug, f.name)
+        for plain in (int, float):
+            if isinstance(value, plain) and type(value) not in (plain, bool): object.__setattr__(plug, f.name, plain(value))
         problem = misfit(getattr(plug, f.name), f.type)
         if problem: raise ValueError(f"{type(plug).__name__}.{f.name} is {getattr(plug, f.name)!r}; it {problem}")
