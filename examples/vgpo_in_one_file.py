@@ -63,9 +63,10 @@ LORA = LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modu
 def flow_sde_step(x, v, sigmas, j):
     """Mean (B, C, h, w) and standard deviation (a scalar) of the Gaussian from which step j draws the next state.
 
-    Adding the drift -g^2/2 score and the noise g dw to the ODE dx = v dsigma keeps its marginals. On the straight path
-    the noise in x is x + (1 - sigma) v, and the score is minus that noise divided by sigma. Flow-GRPO takes
-    g^2 = level^2 sigma / (1 - sigma), with the schedule's second sigma in the denominator where sigma is 1.
+    Adding the drift -g^2/2 score and the noise g dw to the ODE dx = v dsigma keeps its marginals; the score is the
+    gradient of the log-density of x. On the straight path the noise in x is x + (1 - sigma) v, and the score is minus
+    that noise divided by sigma. Flow-GRPO, whose sampler this is, takes g^2 = level^2 sigma / (1 - sigma), with the
+    schedule's second sigma in the denominator where sigma is 1.
     """
     sigma, dt = sigmas[j], sigmas[j] - sigmas[j + 1]
     g2 = NOISE_LEVEL**2 * sigma / (1 - (sigmas[1] if sigma == 1 else sigma))
