@@ -21,7 +21,7 @@ test: $(STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 seeds: $(STAMP)
-	@for recipe in $(RECIPES); do $(BIN)/python -m vgpo.seeds --recipe $$recipe $(ARGS) || exit; done
+	@for recipe in $(RECIPES); do $(BIN)/python benchmarks/seeds.py --recipe $$recipe $(ARGS) || exit; done
 
 stress: $(STAMP)
 	@$(BIN)/python tests/stress.py $(ARGS)

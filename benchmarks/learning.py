@@ -17,11 +17,11 @@ from statistics import median
 
 import numpy as np
 from matplotlib.figure import Figure
+from seeds import command
 
 from vgpo.bench import PHASES
 from vgpo.config import parse_config
 from vgpo.plan import config_batches, epoch_work
-from vgpo.seeds import command
 
 METHODS = {"grpo": "tab:orange", "vgpo": "tab:blue"}
 AXES = {"seconds": "seconds of training", "updates": "updates", "scored": "pictures scored"}

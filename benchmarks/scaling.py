@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from vgpo.bench import PHASES, make_run, timed_epoch
 from vgpo.config import parse_config
 from vgpo.plan import CARDS, make_plan
-from vgpo.policies.base import quiet
+from vgpo.policies.loading import quiet
 from vgpo.world.pretrain import make_autoencoder, make_pipeline
 
 BASE = {"groups": 4, "group_size": 8, "steps": 6, "resolution": 32, "processes": 1}

@@ -16,7 +16,6 @@ import sys
 import tempfile
 from argparse import ArgumentParser
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -27,8 +26,9 @@ import vgpo.runs.session
 import vgpo.train
 from vgpo.bench import PHASES, now
 from vgpo.config import parse_config
-from vgpo.plan import blank_condition, make_part, make_pipeline, make_plan, read_configs
-from vgpo.policies.base import POLICIES, quiet
+from vgpo.plan import make_plan
+from vgpo.policies.base import policy_classes
+from vgpo.policies.loading import part_from_config, pipeline_from_configs, quiet, read_configs, reduce_vae_memory
 
 
 def brightness(images, prompts, metadata):
@@ -54,28 +54,19 @@ def peak_clock(run, phase):
 def random_policy(model, device="cpu"):
     "The policy of a ModelConfig with random weights and random text embeddings, made on the device."
     dtype = getattr(torch, model.dtype)
-    pipe = make_pipeline(model.path, dtype, device, without=("tokenizer", "text_encoder"))
+    pipe = pipeline_from_configs(model.path, dtype, device, without=("tokenizer", "text_encoder"))
     for name, p in pipe.transformer.named_parameters():
         if name.startswith("proj_out"):
             p.data.mul_(0.1)  # small velocities, so that nothing overflows
-    module, name = POLICIES[type(pipe).__name__].split(":")
-    cls = getattr(import_module(module), name)
+    cls = policy_classes()[type(pipe).__name__]
 
     def encode_one(policy, prompt):
-        return blank_condition(policy, 1).apply(
-            lambda t: t if t.dtype == torch.bool else torch.randn(t.shape).to(t.dtype)
-        )
+        return policy.example_embeds(1).map(lambda t: torch.randn(t.shape).to(t.dtype))
 
-    random = type(f"Random{name}", (cls,), {"encode_one": encode_one})
-    policy = random(
-        pipe, model.resolution, model.max_sequence_length, device, embedded_guidance=model.embedded_guidance
-    )
-    if model.vae_slicing:
-        pipe.vae.enable_slicing()
-    if model.vae_tiling:
-        pipe.vae.enable_tiling()
-    if model.draft_decoder:
-        policy.add_draft(make_part(read_configs(model.draft_decoder)["vae"], dtype, device))
+    policy = type(f"Random{cls.__name__}", (cls,), {"encode_one": encode_one})(pipe, model, device)
+    reduce_vae_memory(pipe, model.vae_tiling, model.vae_slicing)
+    if model.tiny_vae:
+        policy.add_tiny_vae(part_from_config(read_configs(model.tiny_vae)["vae"], dtype, device))
     return policy
 
 
@@ -85,7 +76,7 @@ def method_config(own, options, kind, draft):
     words += ["--reward.name", own.judge, "--evaluation.images", "1", "--samples_every", "1000000"]
     words += ["--sampling.groups", str(own.groups), "--sampling.group_size", str(own.group_size), *options]
     config = parse_config([*words, "--advantage.kind", kind], "benchmarks/sd35.py")
-    config.model.draft_decoder, config.model.embedding_cache, config.model.free_text_encoders = draft, None, True
+    config.model.tiny_vae, config.model.embedding_cache, config.model.precompute_text_embeds = draft, None, True
     if own.judge == "sd35:brightness":
         config.reward.options = {}
     return config

@@ -28,9 +28,10 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture
 def policy(tiny_folder):
     "An SD3Policy of the random pipeline, without adapters."
-    from vgpo.policies.base import SD3Policy, load_pipeline
+    from vgpo.policies.loading import load_pipeline
+    from vgpo.policies.sd3 import SD3Policy
 
-    return SD3Policy(load_pipeline(str(tiny_folder)), max_sequence_length=0)
+    return SD3Policy(load_pipeline(str(tiny_folder)))
 
 
 @pytest.fixture(scope="session")

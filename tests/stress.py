@@ -143,7 +143,7 @@ def tiny_model(folder):
     "A pipeline of the tiny world's shape with random weights."
     import torch
 
-    from vgpo.policies.base import quiet
+    from vgpo.policies.loading import quiet
     from vgpo.world.pretrain import make_autoencoder, make_pipeline
 
     quiet()

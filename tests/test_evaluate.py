@@ -20,7 +20,8 @@ from vgpo.evaluate import (
     squared_error,
     summarise,
 )
-from vgpo.prompts.files import load_prompts, sample_noise
+from vgpo.noise import sample_noise
+from vgpo.prompts.files import load_prompts
 from vgpo.rewards.base import Scores, make_reward
 
 ROWS = [{"prompt": f"a photo of a {color} circle", "tag": tag} for color, tag in zip(

@@ -251,14 +251,14 @@ def test_reward_options_and_device():
 
 def test_text_encoders_may_be_freed(tiny_folder, model, tmp_path):
     "A policy that drops its encoders has to know all prompts at the first batch."
-    free = make_policy(ModelConfig(path=str(tiny_folder), free_text_encoders=True))
+    free = make_policy(ModelConfig(path=str(tiny_folder), precompute_text_embeds=True))
     for name, policy in (("free", free), ("kept", model)):
         (tmp_path / name / "images").mkdir(parents=True)
         draw(Exam(tmp_path / name, rows(4), steps=2, batch_size=2), lambda policy=policy: policy)
     names = [path.name for path in (tmp_path / "kept" / "images").iterdir()]
     for name in names:
         assert (tmp_path / "free/images" / name).read_bytes() == (tmp_path / "kept/images" / name).read_bytes()
-    assert free.freed and len(names) == 4
+    assert free.pipe.text_encoder is None and len(names) == 4
 
 
 def launch(words, rank=0, processes=1, port=0):

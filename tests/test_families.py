@@ -12,7 +12,9 @@ from torch.testing import assert_close
 
 from vgpo.flow import ode_sample
 from vgpo.losses import clipped_surrogate
-from vgpo.policies.base import POLICIES, Condition, load_policy
+from vgpo.policies.base import load_policy, policy_classes
+from vgpo.policies.embeds import PromptEmbeds
+from vgpo.policies.loading import ModelConfig
 from vgpo.rollout import replay, rollout
 from vgpo.sde import FlowSDE
 
@@ -25,11 +27,11 @@ class Family:
     "A family, and how plain diffusers is asked for the same things."
 
     make: Callable  # -> a pipeline with random weights
-    embed: Callable  # (pipe, prompts, length) -> the Condition of prompts that the pipeline gives its transformer
+    embed: Callable  # (pipe, prompts, length) -> the PromptEmbeds of prompts that the pipeline gives its transformer
     guided: Callable  # guidance_scale -> arguments of the pipeline's call
     length: int = 12  # max_sequence_length
     resolution: int = 16
-    options: dict = field(default_factory=dict)  # of load_policy
+    options: dict = field(default_factory=dict)  # of ModelConfig
     call: dict = field(default_factory=dict)  # arguments of every call of the pipeline
     pack: Callable = lambda latents: latents  # latents (B, C, h, w) as the pipeline takes and returns them
 
@@ -38,11 +40,11 @@ def embed_sd3(pipe, prompts, length):
     text, _, pooled, _ = pipe.encode_prompt(
         prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=length
     )
-    return Condition(text, pooled)
+    return PromptEmbeds(text, pooled)
 
 
 def embed_flux(pipe, prompts, length):
-    return Condition(*pipe.encode_prompt(prompts, None, max_sequence_length=length)[:2])
+    return PromptEmbeds(*pipe.encode_prompt(prompts, None, max_sequence_length=length)[:2])
 
 
 def pack_flux(x):
@@ -58,13 +60,13 @@ def true_guidance(scale):
 
 def embed_qwen_image(pipe, prompts, length):
     text, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
-    return Condition(text, mask=mask.bool())
+    return PromptEmbeds(text, mask=mask.bool())
 
 
 def embed_z_image(pipe, prompts, length):
     texts, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
     masks = [torch.ones(len(text), dtype=torch.bool) for text in texts]
-    return Condition(pad_sequence(texts, batch_first=True), mask=pad_sequence(masks, batch_first=True))
+    return PromptEmbeds(pad_sequence(texts, batch_first=True), mask=pad_sequence(masks, batch_first=True))
 
 
 FAMILIES = {
@@ -72,7 +74,7 @@ FAMILIES = {
         lambda: tiny.tiny_sd3(dual_attention_layers=(0, 1)), embed_sd3, lambda scale: {"guidance_scale": scale}),
     "flux": Family(
         tiny.tiny_flux, embed_flux, true_guidance, pack=pack_flux,
-        options={"embedded_guidance": 2.0}, call={"guidance_scale": 2.0}),
+        options={"distilled_guidance_scale": 2.0}, call={"guidance_scale": 2.0}),
     "qwen-image": Family(  # packs its latents as FLUX does
         tiny.tiny_qwen_image, embed_qwen_image, true_guidance, pack=pack_flux, length=30, resolution=32),
     "z-image": Family(  # counts guidance from 0
@@ -93,10 +95,10 @@ class Pair:
     def draw(self, policy=None, guidance_scale=1.0, steps=STEPS):
         "Latents of the deterministic sampler."
         policy = policy or self.policy
-        condition = policy.encode(PROMPTS)
+        embeds = policy.encode(PROMPTS)
         with torch.no_grad():
             return ode_sample(
-                lambda x, sigma: policy.velocity(x, sigma, condition, guidance_scale), self.noise, policy.sigmas(steps)
+                lambda x, sigma: policy.velocity(x, sigma, embeds, guidance_scale), self.noise, policy.sigmas(steps)
             )
 
     def draw_plain(self, guidance_scale=1.0, steps=STEPS, output_type="latent", **more):
@@ -110,7 +112,7 @@ class Pair:
 
 def load(family, folder, **options):
     options = {"resolution": family.resolution, "max_sequence_length": family.length, **family.options, **options}
-    return load_policy(folder, **options)
+    return load_policy(ModelConfig(str(folder), **options))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -141,8 +143,23 @@ def perturb(policy, size=0.05):
 
 
 def test_the_class_is_chosen_by_the_pipeline(pair):
-    module, name = POLICIES[type(pair.plain).__name__].split(":")
-    assert (type(pair.policy).__module__, type(pair.policy).__name__) == (module, name)
+    assert type(pair.policy) is policy_classes()[type(pair.plain).__name__]
+
+
+def test_every_family_climbs_the_ladder():
+    assert {type(family.make()).__name__ for family in FAMILIES.values()} == set(policy_classes())
+
+
+def test_example_embeds_are_as_long_as_the_longest_prompt(pair):
+    longest = pair.policy.encode(["red " * 100])
+    example = pair.policy.example_embeds(3)
+    assert [t is not None for t in example] == [t is not None for t in longest]
+    assert example.text.shape == (3, *longest.text.shape[1:]) and not example.text.any()
+    assert example.pooled is None or example.pooled.shape == (3, *longest.pooled.shape[1:])
+    with torch.no_grad():
+        x = torch.randn(3, *pair.policy.latent_shape)
+        assert pair.policy.velocity(x, torch.tensor(0.7), example).isfinite().all()
+        assert all(states.isfinite().all() for states in pair.policy.encode_example())
 
 
 def test_prompts(pair):
@@ -180,11 +197,11 @@ def recorded(pair, guidance_scale):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_velocities_and_steps(pair, guidance_scale):
     steps, pack = recorded(pair, guidance_scale), pair.family.pack
-    x, sigmas, condition = pair.noise, pair.policy.sigmas(STEPS), pair.policy.encode(PROMPTS)
+    x, sigmas, embeds = pair.noise, pair.policy.sigmas(STEPS), pair.policy.encode(PROMPTS)
     assert len(steps) == STEPS
     for j, (theirs, state) in enumerate(steps):
         with torch.no_grad():
-            ours = pair.policy.velocity(x, sigmas[j], condition, guidance_scale)
+            ours = pair.policy.velocity(x, sigmas[j], embeds, guidance_scale)
         assert ours.dtype == torch.float32 and ours.shape == x.shape and ours.std() > 0.1
         assert_close(pack(x), state, atol=1e-4, rtol=0)
         assert_close(pack(ours), theirs, atol=1e-4, rtol=0)
@@ -204,20 +221,20 @@ def test_a_whole_image(pair, guidance_scale):
 
 
 def test_the_prompt_and_the_level_matter(pair):
-    condition, sigma = pair.policy.encode(PROMPTS), torch.tensor(0.7)
+    embeds, sigma = pair.policy.encode(PROMPTS), torch.tensor(0.7)
     with torch.no_grad():
-        v = pair.policy.velocity(pair.noise, sigma, condition)
-        assert (pair.policy.velocity(pair.noise, sigma, condition[[1, 0]]) - v).abs().max() > 1e-3
-        assert (pair.policy.velocity(pair.noise, torch.tensor(0.4), condition) - v).abs().max() > 1e-3
+        v = pair.policy.velocity(pair.noise, sigma, embeds)
+        assert (pair.policy.velocity(pair.noise, sigma, embeds[[1, 0]]) - v).abs().max() > 1e-3
+        assert (pair.policy.velocity(pair.noise, torch.tensor(0.4), embeds) - v).abs().max() > 1e-3
 
 
 def first_ratios(policy, noise, guidance_scale=1.0):
     "The Trajectory of a rollout, and log-probabilities (B, 3) of its steps replayed, with gradients."
     z = torch.randn(len(noise), STEPS, *noise.shape[1:], generator=torch.Generator().manual_seed(2))
-    condition, sampler = policy.encode(PROMPTS), FlowSDE(0.7)
+    embeds, sampler = policy.encode(PROMPTS), FlowSDE(0.7)
 
     def velocity(x, sigma):
-        return policy.velocity(x, sigma, condition, guidance_scale)
+        return policy.velocity(x, sigma, embeds, guidance_scale)
 
     path = rollout(velocity, noise, policy.sigmas(STEPS), sampler, z, sde_steps=3)
     replays = [replay(velocity, path, j, sampler).log_prob(path.latents[:, j + 1]) for j in range(3)]
@@ -265,7 +282,7 @@ def test_all_weights_learn_and_there_is_a_way_back(pair):
     start = policy.velocity(pair.noise, sigma, policy.encode(PROMPTS))
     start.square().mean().backward()
     frozen = {name for name, p in policy.network.named_parameters() if not p.requires_grad}
-    assert all(name.startswith(tuple(policy.unread())) for name in frozen)
+    assert all(name.startswith(policy.unused_parameters()) for name in frozen)
     assert all(p.grad is not None for p in policy.parameters())  # one without stops distributed training
     perturb(policy)
     with torch.no_grad():
@@ -292,7 +309,7 @@ def test_plain_diffusers_draws_with_the_saved_lora(trainable, tmp_path):
 
 
 def test_half_precision_stays_inside(pair):
-    policy = load(pair.family, pair.folder, dtype=torch.bfloat16)
+    policy = load(pair.family, pair.folder, dtype="bfloat16")
     policy.add_lora(rank=4, alpha=8)
     path, log_probs = first_ratios(policy, pair.noise)
     assert policy.dtype == torch.bfloat16 and {p.dtype for p in policy.parameters()} == {torch.float32}

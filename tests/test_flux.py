@@ -8,9 +8,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from tiny_pipelines import tiny_flux
 from torch.testing import assert_close
 
-from vgpo.config import ModelConfig
-from vgpo.evaluate import make_policy
+from vgpo.policies.base import load_policy
 from vgpo.policies.flux import FluxPolicy, image_ids, pack, unpack
+from vgpo.policies.loading import ModelConfig
 
 PROMPTS = ["a photo of two red circles", 'a blue sign that says "CAT"']
 SIGMA = torch.tensor(0.7)
@@ -25,7 +25,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(folder):
-    return make_policy(ModelConfig(path=str(folder), resolution=16, max_sequence_length=12, embedded_guidance=2.0))
+    return load_policy(
+        ModelConfig(path=str(folder), resolution=16, max_sequence_length=12, distilled_guidance_scale=2.0)
+    )
 
 
 @pytest.fixture
@@ -48,8 +50,10 @@ def test_packing_is_the_pipelines(noise):
 def test_the_shift_of_flux_1_dev(pixels, shift):
     pipe = tiny_flux()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # as published
-    policy = FluxPolicy(pipe, resolution=pixels // 8)  # an autoencoder that makes 2 pixels of a latent, not 16
-    policy.tokens = (pixels // 16) ** 2
+    policy = FluxPolicy(
+        pipe, ModelConfig(resolution=pixels // 8)
+    )  # an autoencoder that makes 2 pixels of a latent, not 16
+    policy.image_tokens = (pixels // 16) ** 2
     u = torch.linspace(1, 1 / 20, 20)
     wanted = torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1)])
     assert_close(policy.sigmas(20), wanted, atol=1e-6, rtol=0)
@@ -57,36 +61,41 @@ def test_the_shift_of_flux_1_dev(pixels, shift):
 
 
 def test_the_schedule_depends_on_the_resolution(folder, policy):
-    large = make_policy(ModelConfig(path=str(folder), resolution=32))
-    assert (policy.tokens, large.tokens) == (16, 64) and large.latent_shape == (4, 16, 16)
+    large = load_policy(ModelConfig(path=str(folder), resolution=32))
+    assert (policy.image_tokens, large.image_tokens) == (16, 64) and large.latent_shape == (4, 16, 16)
     assert (large.sigmas(4)[1:4] > policy.sigmas(4)[1:4]).all()
-    assert make_policy(ModelConfig(path=str(folder))).latent_shape == (4, 128, 128)  # the pipeline's default
+    assert load_policy(ModelConfig(path=str(folder))).latent_shape == (4, 128, 128)  # the pipeline's default
 
 
 def test_a_fixed_shift_stays_fixed():
     pipe = tiny_flux()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # FLUX.1-schnell's
-    assert_close(FluxPolicy(pipe, resolution=16).sigmas(4), torch.tensor([1, 0.75, 0.5, 0.25, 0]), atol=1e-6, rtol=0)
+    assert_close(
+        FluxPolicy(pipe, ModelConfig(resolution=16)).sigmas(4), torch.tensor([1, 0.75, 0.5, 0.25, 0]), atol=1e-6, rtol=0
+    )
 
 
-def test_embedded_guidance_is_told_to_the_network(folder, policy, noise):
+def test_distilled_guidance_scale_is_told_to_the_network(folder, policy, noise):
     heard = []
     hook = policy.network.register_forward_pre_hook(lambda _, a, k: heard.append(k["guidance"]), with_kwargs=True)
     with torch.no_grad():
         v = policy.velocity(noise, SIGMA, policy.encode(PROMPTS))
-        assert len(heard) == 1  # one pass: this is not classifier-free guidance
+        assert len(heard) == 1  # one forward pass: this is not classifier-free guidance
         policy.velocity(noise, SIGMA, policy.encode(PROMPTS), guidance_scale=3.0)
     hook.remove()
     assert [g.tolist() for g in heard] == [[2.0, 2.0]] * 3
-    other = make_policy(ModelConfig(path=str(folder), resolution=16, max_sequence_length=12))
-    assert other.embedded_guidance == 3.5
+    other = load_policy(ModelConfig(path=str(folder), resolution=16, max_sequence_length=12))
+    assert other.distilled_guidance_scale == 3.5
     with torch.no_grad():
         assert (other.velocity(noise, SIGMA, other.encode(PROMPTS)) - v).abs().max() > 1e-3
 
 
-def test_a_model_without_embedded_guidance_is_told_nothing(noise):
+def test_a_model_without_distilled_guidance_scale_is_told_nothing(noise):
     pipe = tiny_flux(guidance_embeds=False)
-    a, b = (FluxPolicy(pipe, resolution=16, max_sequence_length=12, embedded_guidance=g) for g in (1.0, 9.0))
+    a, b = (
+        FluxPolicy(pipe, ModelConfig(resolution=16, max_sequence_length=12, distilled_guidance_scale=g))
+        for g in (1.0, 9.0)
+    )
     with torch.no_grad():
         v = a.velocity(noise, SIGMA, a.encode(PROMPTS))
         assert torch.equal(v, b.velocity(noise, SIGMA, b.encode(PROMPTS)))
@@ -101,11 +110,11 @@ def test_numbers_of_tokens(folder):
     assert FluxPolicy(tiny_flux()).max_sequence_length == 512
     for wrong in (0, 513):
         with pytest.raises(ValueError, match=f"model.max_sequence_length is {wrong}; .* must lie in 1 to 512"):
-            make_policy(ModelConfig(path=str(folder), max_sequence_length=wrong))
+            load_policy(ModelConfig(path=str(folder), max_sequence_length=wrong))
 
 
 def test_targets():
-    policy = FluxPolicy(tiny_flux(), resolution=16)
+    policy = FluxPolicy(tiny_flux(), ModelConfig(resolution=16))
     policy.add_lora(rank=2)
     adapted = {name.split(".lora_")[0] for name, _ in policy.network.named_parameters() if ".lora_" in name}
     assert len(adapted) == 2 * 12 + 2 * 3  # double-stream blocks: 8 projections, 4 feed-forward layers; single: q, k, v
@@ -114,10 +123,10 @@ def test_targets():
 
 
 def test_text_encoders_are_freed(folder, policy, noise):
-    freed = make_policy(ModelConfig(
-        path=str(folder), resolution=16, max_sequence_length=12, embedded_guidance=2.0,
-        free_text_encoders=True))  # fmt: skip
-    freed.prepare(PROMPTS)
+    freed = load_policy(ModelConfig(
+        path=str(folder), resolution=16, max_sequence_length=12, distilled_guidance_scale=2.0,
+        precompute_text_embeds=True))  # fmt: skip
+    freed.precompute(PROMPTS)
     assert freed.pipe.text_encoder is None and freed.pipe.text_encoder_2 is None
     with torch.no_grad():
         v, w = (p.velocity(noise, SIGMA, p.encode(PROMPTS), 3.0) for p in (freed, policy))

@@ -60,11 +60,11 @@ def test_invariances():
     assert_close(group_relative(rewards[order], group[order], eps=1e-12), advantages[order])
 
 
-def test_global_std_keeps_the_groups_relative_sizes():
+def test_the_batchs_std_keeps_the_groups_relative_sizes():
     rewards, group = torch.tensor([0.0, 2.0, 5.0, 5.2]), torch.tensor([0, 0, 1, 1])
     spread = rewards.double().std(correction=0).item()
     expected = torch.tensor([-1.0, 1.0, -0.1, 0.1]) / (spread + 1e-4)
-    assert_close(group_relative(rewards, group, std="global"), expected)
+    assert_close(group_relative(rewards, group, scale_rewards="batch"), expected)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_more_bad_input_is_named():
     rewards[2, 1] = math.nan
     with pytest.raises(ValueError, match=r"values has NaN or infinity in rows \[2\]"):
         check_rewards("values", rewards, torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="'group' or 'global', got 'batch'"):
-        group_relative(torch.zeros(2), torch.zeros(2, dtype=torch.int64), std="batch")
+    with pytest.raises(ValueError, match="'group' or 'batch', got 'global'"):
+        group_relative(torch.zeros(2), torch.zeros(2, dtype=torch.int64), scale_rewards="global")
 
 
 def test_untrained_policy_is_its_mixture():
@@ -109,7 +109,7 @@ def test_loss_of_a_fresh_rollout_is_minus_the_mean_advantage(sampler):
     advantages = torch.randn(32, 5)
     loss, stats = toy_loss(policy, path, advantages, sampler, 0.2)
     assert_close(loss, -advantages.mean())
-    assert stats["ratio_dev"] == 0
+    assert stats["ratio/abs_dev_mean"] == 0
 
 
 def trained(seed, epochs=40, **options):

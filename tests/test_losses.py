@@ -21,8 +21,8 @@ def test_golden_values():
     "Worked out by hand: -(1.2 + 1.1 - 0.8 - 1.3) / 4."
     loss, stats, _ = parts([1.5, 1.1, 0.5, 1.3], [1.0, 1.0, -1.0, -1.0])
     assert_close(loss.item(), -0.05)
-    assert_close(stats["ratio_dev"].item(), (0.5 + 0.1 + 0.5 + 0.3) / 4)
-    assert stats["clip_frac"] == 0.75
+    assert_close(stats["ratio/abs_dev_mean"].item(), (0.5 + 0.1 + 0.5 + 0.3) / 4)
+    assert stats["clip_ratio"] == 0.75
     assert_close(stats["approx_kl"].item(), sum(r - 1 - math.log(r) for r in (1.5, 1.1, 0.5, 1.3)) / 4)
 
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import vgpo.plan
 import vgpo.train
+from vgpo.batches import solve_batches
 from vgpo.config import RECIPES, ModelConfig, RewardConfig, parse_config
 from vgpo.evaluate import make_policy
 from vgpo.plan import (
@@ -23,7 +24,6 @@ from vgpo.plan import (
     FORMULAS,
     SHARDS,
     Card,
-    blank_condition,
     costs_of,
     count_parameters,
     epoch_work,
@@ -31,20 +31,18 @@ from vgpo.plan import (
     gathered_bytes,
     judge_bytes,
     main,
-    make_part,
     make_plan,
-    meta_policy,
     metered,
-    read_configs,
     resident_bytes,
     shard_table,
     size_of,
-    solve_batches,
     storages,
     trajectory_bytes,
     working_bytes,
 )
-from vgpo.policies.base import SD3Policy, load_pipeline, networks
+from vgpo.policies.base import meta_policy
+from vgpo.policies.loading import load_pipeline, networks, part_from_config, read_configs
+from vgpo.policies.sd3 import SD3Policy
 from vgpo.runs.session import Run, make_trainable
 from vgpo.train import assign, judge, sample, update
 
@@ -62,39 +60,11 @@ def options(tiny_folder):
     return [*SMALL, f"--model.path={tiny_folder}"]
 
 
-def test_every_process_gets_what_equation_1_says():
-    for groups, size, updates, batch, processes in (
-        (48, 24, 2, 9, 8),
-        (6, 10, 3, 4, 4),
-        (5, 4, 1, 3, 2),
-        (1, 2, 1, 9, 1),
-    ):
-        images = list(range(groups * size))
-        n = len(images) // updates
-        dealt = [images[u * n : (u + 1) * n][rank::processes] for u in range(updates) for rank in range(processes)]
-        batches = solve_batches(groups, size, updates, batch, processes)
-        assert {len(share) for share in dealt} == {batches.share}
-        passes = [len(dealt[0][i : i + batch]) for i in range(0, len(dealt[0]), batch)]
-        assert batches.sizes == passes
-    assert "1152 images" in str(solve_batches(48, 24, 2, 9, 8)) and "8 of 9" in str(solve_batches(48, 24, 2, 9, 8))
-    assert str(solve_batches(5, 4, 2, 4, 1)).endswith("2 of 4 and 1 of 2")
-
-
-def test_what_does_not_divide_is_named_with_the_nearest_that_does():
-    with pytest.raises(ValueError, match="48 x 24 = 1152, which 2 updates on 7 processes") as e:
-        solve_batches(48, 24, 2, 9, 7)
-    assert "sampling.groups to 42 or 49" in str(e.value) and "sampling.group_size to 21 or 28" in str(e.value)
-    for groups, size in ((42, 24), (49, 24), (48, 21), (48, 28)):
-        assert solve_batches(groups, size, 2, 9, 7).share * 14 == groups * size
-    with pytest.raises(ValueError, match="sampling.groups to 5, or sampling.group_size to 5"):  # nothing below divides
-        solve_batches(1, 2, 5)
-
-
 def test_a_run_checks_the_processes_that_it_really_has(options, tmp_path, monkeypatch):
     assert Run(parse_config(options), tmp_path).shares.share == 6
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 4)
-    with pytest.raises(ValueError, match="2 updates on 4 processes do not divide into 8 equal parts"):
+    with pytest.raises(ValueError, match="2 minibatches on 4 processes do not divide into 8 equal parts"):
         Run(parse_config(options), tmp_path)
 
 
@@ -116,7 +86,7 @@ PUBLISHED = {  # millions of parameters, and GB of the file at two bytes a numbe
 
 @pytest.mark.parametrize("model, part", PUBLISHED)
 def test_configurations_reproduce_the_published_models(model, part):
-    network = make_part(read_configs(model)[part], torch.bfloat16)
+    network = part_from_config(read_configs(model)[part], torch.bfloat16)
     count, gigabytes = PUBLISHED[model, part]
     assert sum(p.numel() for p in network.parameters()) == count
     assert round(size_of(network.state_dict(keep_vars=True).values()) / 1e9, 2) == gigabytes
@@ -125,7 +95,7 @@ def test_configurations_reproduce_the_published_models(model, part):
 
 def test_t5_keeps_float32_where_the_library_does_so_in_float16():
     small = {"_class_name": "T5EncoderModel", "d_model": 8, "d_ff": 16, "d_kv": 4, "num_layers": 1, "num_heads": 2}
-    part = make_part(small | {"vocab_size": 10, "feed_forward_proj": "gated-gelu"}, torch.float16)
+    part = part_from_config(small | {"vocab_size": 10, "feed_forward_proj": "gated-gelu"}, torch.float16)
     kept = {name for name, p in part.named_parameters() if p.dtype == torch.float32}
     assert kept == {"encoder.block.0.layer.1.DenseReluDense.wo.weight"}
 
@@ -149,8 +119,8 @@ def with_gradients(policy):
 def passes(policy, batch=6, guidance=1.0, reference=False):
     "A function that computes what is trained in one step: a velocity, or its distance from the reference's."
     x = torch.zeros(batch, *policy.latent_shape, device=policy.device)
-    condition = blank_condition(policy, batch).apply(lambda t: torch.zeros_like(t, device=policy.device))
-    policy.cache[""] = condition[:1]
+    condition = policy.example_embeds(batch)
+    policy.empty = condition[:1]
 
     def forward():
         velocity = policy.velocity(x, torch.tensor(0.5), condition, guidance)
@@ -173,7 +143,7 @@ def test_parameters_are_those_of_the_real_model(tiny_folder):
     assert [(p.shape, p.dtype) for p in real.parameters()] == [(p.shape, p.dtype) for p in meta.parameters()]
     assert meta.latent_shape == real.latent_shape
     shapes = [
-        [t.shape for t in c if t is not None] for c in (blank_condition(meta, 2), real.encode(["a", "a red ball"]))
+        [t.shape for t in c if t is not None] for c in (meta.example_embeds(2), real.encode(["a", "a red ball"]))
     ]
     assert shapes[0] == shapes[1]
 
@@ -236,7 +206,7 @@ VARIANTS = {
     "grpo": ["--advantage.kind=grpo"],
     "guided with kl": ["--sampling.guidance_scale=2", "--optim.guidance_scale=2", "--optim.kl_weight=0.1"],
     "unguided update": ["--sampling.guidance_scale=2"],
-    "drafts, checkpointing": ["--model.draft_decoder={}/vae", "--model.gradient_checkpointing=true"],
+    "drafts, checkpointing": ["--model.tiny_vae={}/vae", "--model.gradient_checkpointing=true"],
 }
 
 
@@ -294,7 +264,7 @@ def test_the_work_of_a_real_epoch(options, tiny_folder, tmp_path, monkeypatch, v
         "AdamW's moments": size_of(m[key] for m in moments for key in ("exp_avg", "exp_avg_sq")),
         "average (EMA)": size_of(run.ema.shadow_params),
         "autoencoder": sum(
-            size_of([*m.parameters(), *m.buffers()]) for m in (run.policy.pipe.vae, run.policy.draft) if m is not None
+            size_of([*m.parameters(), *m.buffers()]) for m in (run.policy.pipe.vae, run.policy.tiny_vae) if m
         ),
     }
     assert {part: plan.resident[part] for part in real} == real
@@ -338,9 +308,9 @@ def test_all_weights_cost_twenty_bytes_each_and_a_copy(tiny_folder):
     assert resident_bytes(meta_policy(single), single)["copies to compute with"] == 0  # they compute themselves
 
 
-def test_the_draft_decoder_is_not_trained(tiny_folder):
+def test_the_tiny_vae_is_not_trained(tiny_folder):
     for rank in (4, 0):
-        model = ModelConfig(path=str(tiny_folder), lora_rank=rank, draft_decoder=str(tiny_folder / "vae"))
+        model = ModelConfig(path=str(tiny_folder), lora_rank=rank, tiny_vae=str(tiny_folder / "vae"))
         policy = meta_policy(model)
         counts = count_parameters(policy)
         assert counts["draft decoder"][0] == 0 < counts["draft decoder"][1] == counts["vae"][1]
@@ -383,12 +353,12 @@ def tracked(policy, steps=2):
     return [{str(kind).split(".")[-1]: n for kind, n in snapshot[torch.device("cpu")].items()} for snapshot in found]
 
 
-@pytest.mark.parametrize("shard", ["gradients", "weights"])
+@pytest.mark.parametrize("shard", ["shard_grad_op", "full_shard"])
 @pytest.mark.parametrize("rank", [8, 0])
 def test_what_a_process_holds_of_a_network_that_is_cut(eight_processes, tmp_path, rank, shard):
     pipe = tiny_sd3(num_layers=5, num_attention_heads=4, attention_head_dim=32, caption_projection_dim=128)
     pipe.save_pretrained(tmp_path)
-    settings = dict(dtype="bfloat16", lora_rank=rank, resolution=16, max_sequence_length=4, shard=shard)
+    settings = dict(dtype="bfloat16", lora_rank=rank, resolution=16, max_sequence_length=4, fsdp=shard)
     model = ModelConfig(path=str(tmp_path), **settings)
     real, meta = make_policy(model), meta_policy(model)
     make_trainable(real, model, 0)
@@ -398,15 +368,15 @@ def test_what_a_process_holds_of_a_network_that_is_cut(eight_processes, tmp_path
     plan, tensors = resident_bytes(meta, model, processes=8), len(real.parameters())
     width = 2 if rank else 4  # all that is cut is float32 if all weights are trained
     frozen = plan["transformer, frozen"] - width * sum(b.numel() for b in meta.network.buffers())
-    assert backward["SHARDED_PARAM"] == plan["trained weights"] + frozen * (shard == "weights")
+    assert backward["SHARDED_PARAM"] == plan["trained weights"] + frozen * (shard == "full_shard")
     assert backward["SHARDED_GRAD"] == plan["gradients"] == plan["trained weights"]
     assert backward["OPT"] == plan["AdamW's moments"] + 4 * tensors  # and the number of steps, for each tensor
     autocast = 0 if rank else 2 * sum(p.numel() for p in meta.parameters())  # counted as activations there
     assert forward["UNSHARDED_PARAM"] == plan["copies to compute with"] - autocast
     gathered, exchanged = peak["UNSHARDED_PARAM"] + peak["ALL_GATHER"], peak["REDUCE_SCATTER"] + peak["SHARDED_GRAD"]
-    if shard == "weights" and rank:
+    if shard == "full_shard" and rank:
         assert gathered == gathered_bytes(meta.network)
-    elif shard == "weights":  # at the fullest moment gradients are being cut
+    elif shard == "full_shard":  # at the fullest moment gradients are being cut
         assert 0 < exchanged <= exchanged_bytes(meta.network) and gathered <= gathered_bytes(meta.network)
 
 
@@ -414,9 +384,9 @@ def test_what_cutting_saves(options, tiny_folder):
     table = shard_table(parse_config([*options, "--model.dtype", "bfloat16", "--sampling.batch_size", "1"]), 2)
     lora, whole = ([table[kind, shard] for shard in SHARDS] for kind in ("LoRA", "all weights"))
     assert whole[0] > whole[1] > whole[2] and lora[0] > lora[2] and whole[0] > lora[0]
-    one = [make_plan(parse_config([*options, "--model.shard", shard])) for shard in SHARDS]
+    one = [make_plan(parse_config([*options, "--model.fsdp", shard])) for shard in SHARDS]
     assert one[0].phases == one[1].phases == one[2].phases and not one[0].sharded  # one process has nothing to cut
-    two = [make_plan(parse_config([*options, "--model.shard", shard]), 2) for shard in SHARDS]
+    two = [make_plan(parse_config([*options, "--model.fsdp", shard]), 2) for shard in SHARDS]
     assert [max(plan.phases.values()) for plan in two] == list(two[0].sharded.values()) == list(two[2].sharded.values())
     assert two[2].working["sample"] - two[1].working["sample"] == gathered_bytes(
         meta_policy(two[2].config.model).network
@@ -475,7 +445,7 @@ def test_the_program_prints_a_plan_and_starts_nothing(options, tmp_path, capsys,
     vgpo.train.main(["--plan", *options, "--card", "24", "--processes", "2", "--score_seconds", "2"])
     out = capsys.readouterr().out
     assert "12 images an epoch, 6 in each of 2 processes" in out
-    assert out.count("at most, by model.shard     none ") == 1
+    assert out.count("at most, by model.fsdp      off ") == 1
     assert "RTX 4090" in out and "A100" not in out and "yes" in out
     assert f"{36 / 2 * 2:.1f}" in out.split("RTX 4090")[1]
     assert not list(tmp_path.iterdir())
@@ -494,7 +464,7 @@ def test_the_program_prints_a_plan_and_starts_nothing(options, tmp_path, capsys,
         (["--model.path", "nowhere"], "nowhere holds no pipeline"),
         (["--sampling.grups", "5"], "did you mean sampling.groups"),
         (["--model.resolution", "7"], "model.resolution is 7"),
-        (["--model.draft_decoder", "no/such"], "no/such has no configuration here"),
+        (["--model.tiny_vae", "no/such"], "no/such has no configuration here"),
     ],
 )
 def test_a_plan_that_cannot_be_made_says_why_in_one_line(options, arguments, message):

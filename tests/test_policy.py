@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +15,17 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors import safe_open
 from tiny_pipelines import tiny_sd3
 from torch.testing import assert_close
 
 from vgpo.config import parse_config
 from vgpo.evaluate import generate_images, load_run
 from vgpo.flow import ode_sample
-from vgpo.policies.base import (
-    Condition,
-    EmbeddingCache,
-    Geometry,
-    SD3Policy,
-    join,
-    latent_side,
-    load_pipeline,
-    load_policy,
-    loading,
-)
+from vgpo.policies.base import load_policy, meta_policy
+from vgpo.policies.embeds import EmbeddingCache, PromptEmbeds, PromptEncoder, collate
+from vgpo.policies.loading import LatentSpec, ModelConfig, latent_side, load_pipeline, networks, pipeline_errors
+from vgpo.policies.sd3 import SD3Policy
 from vgpo.rollout import replay, rollout
 from vgpo.runs.session import averaged, evaluate_before, needed_prompts, start
 from vgpo.sde import FlowSDE
@@ -37,7 +34,7 @@ from vgpo.world.pretrain import make_autoencoder
 
 PROMPTS = ["a photo of two red circles", 'a blue sign that says "CAT"']
 SIGMA = torch.tensor(0.7)
-STEPS = 6  # of whole pictures
+STEPS = 6  # of whole images
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +51,10 @@ def noise():
 
 
 def draw(policy, noise, guidance_scale=1.0, steps=STEPS):
-    condition = policy.encode(PROMPTS)
+    embeds = policy.encode(PROMPTS)
     with torch.no_grad():
         return ode_sample(
-            lambda x, sigma: policy.velocity(x, sigma, condition, guidance_scale), noise, policy.sigmas(steps)
+            lambda x, sigma: policy.velocity(x, sigma, embeds, guidance_scale), noise, policy.sigmas(steps)
         )
 
 
@@ -92,15 +89,15 @@ def test_the_deterministic_sampler_is_the_pipeline(policy, plain, noise, guidanc
 
 @pytest.mark.parametrize("length", [0, 5])
 def test_prompts_and_one_velocity_are_the_pipelines(tiny_folder, plain, noise, length):
-    policy = SD3Policy(load_pipeline(str(tiny_folder)), max_sequence_length=length)
+    policy = SD3Policy(load_pipeline(tiny_folder), ModelConfig(max_sequence_length=length))
     with torch.no_grad():
         text, _, pooled, _ = plain.encode_prompt(PROMPTS, PROMPTS, PROMPTS, max_sequence_length=length)
         velocity = plain.transformer(noise, text, pooled, torch.full((2,), 700.0), return_dict=False)[0]
-        condition = policy.encode(PROMPTS)
-        assert condition.text.shape == (2, 13 + length, 128)
-        assert_close(condition.text, text, atol=1e-4, rtol=0)
-        assert_close(condition.pooled, pooled, atol=1e-4, rtol=0)
-        assert_close(policy.velocity(noise, SIGMA, condition), velocity, atol=1e-4, rtol=0)
+        embeds = policy.encode(PROMPTS)
+        assert embeds.text.shape == (2, 13 + length, 128)
+        assert_close(embeds.text, text, atol=1e-4, rtol=0)
+        assert_close(embeds.pooled, pooled, atol=1e-4, rtol=0)
+        assert_close(policy.velocity(noise, SIGMA, embeds), velocity, atol=1e-4, rtol=0)
 
 
 def test_the_schedule_is_the_schedulers(policy):
@@ -114,45 +111,47 @@ def test_the_schedule_is_the_schedulers(policy):
 def test_each_prompt_is_encoded_once_and_forgotten_in_order(policy):
     calls = []
     policy.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
-    condition = policy.encode(["a", "b", "a"])
-    assert len(calls) == 2 and torch.equal(condition.text[0], condition.text[2])
-    policy.cache_size = 2
-    policy.encode(["a"])  # now b is the one that was not used for longest
-    policy.encode(["c"])
-    assert len(calls) == 3 and list(policy.cache) == ["a", "c"]
-    assert policy.encode(["d", "e", "f"]).text.shape[0] == 3  # more than the cache holds
-    assert list(policy.cache) == ["e", "f"]
+    embeds = policy.encode(["a", "b", "a"])
+    assert len(calls) == 2 and torch.equal(embeds.text[0], embeds.text[2])
+    encoded = []
+    encoder = PromptEncoder(lambda prompt: encoded.append(prompt) or PromptEmbeds(torch.rand(1, 2, 3)), cache_size=2)
+    for prompts in (["a", "b", "a"], ["a"], ["c"], ["a", "c"]):  # when c comes, b was not used for longest
+        encoder(prompts)
+    assert encoded == ["a", "b", "c"]
+    assert encoder(["d", "e", "f"]).text.shape[0] == 3  # more than the cache holds
+    encoder(["e", "f"])
+    assert encoded == ["a", "b", "c", "d", "e", "f"]
 
 
-def test_condition_rows():
-    condition = Condition(torch.arange(6.0).reshape(3, 2, 1), torch.arange(3.0).reshape(3, 1))
-    assert condition[1:].pooled.tolist() == [[1.0], [2.0]] and condition[1:].text.shape == (2, 2, 1)
-    assert condition[:1].expand(4).text.shape == (4, 2, 1) and condition.mask is None
-    masked = Condition(torch.ones(2, 3, 1), mask=torch.tensor([[True, True, False], [True] * 3]))
+def test_rows_of_embeds():
+    embeds = PromptEmbeds(torch.arange(6.0).reshape(3, 2, 1), torch.arange(3.0).reshape(3, 1))
+    assert embeds[1:].pooled.tolist() == [[1.0], [2.0]] and embeds[1:].text.shape == (2, 2, 1)
+    assert embeds[:1].expand(4).text.shape == (4, 2, 1) and embeds.mask is None
+    masked = PromptEmbeds(torch.ones(2, 3, 1), mask=torch.tensor([[True, True, False], [True] * 3]))
     assert masked[1:].pooled is None and masked[[1]].mask.tolist() == [[True] * 3]
     half = masked.expand(2).to(torch.bfloat16)
     assert half.text.dtype == torch.bfloat16 and half.mask.dtype == torch.bool
 
 
 def test_texts_of_different_lengths_are_padded_at_the_end():
-    short, long = (Condition(torch.ones(1, n, 2), mask=torch.ones(1, n, dtype=torch.bool)) for n in (2, 4))
-    both = join([short, long])
+    short, long = (PromptEmbeds(torch.ones(1, n, 2), mask=torch.ones(1, n, dtype=torch.bool)) for n in (2, 4))
+    both = collate([short, long])
     assert both.text.sum((1, 2)).tolist() == [4, 8] and both.mask.tolist() == [[True, True, False, False], [True] * 4]
-    assert not both.text[0, 2:].any() and join([short, short]).text.shape == (2, 2, 2)
-    assert join([long, long]).mask is None and join([short]).mask is None  # which nobody needs
-    already = Condition(torch.ones(1, 4, 2), mask=torch.tensor([[True, True, True, False]]))
-    assert torch.equal(join([already, long]).mask, torch.cat([already.mask, long.mask]))
+    assert not both.text[0, 2:].any() and collate([short, short]).text.shape == (2, 2, 2)
+    assert collate([long, long]).mask is None and collate([short]).mask is None  # which nobody needs
+    already = PromptEmbeds(torch.ones(1, 4, 2), mask=torch.tensor([[True, True, True, False]]))
+    assert torch.equal(collate([already, long]).mask, torch.cat([already.mask, long.mask]))
     with pytest.raises(ValueError, match="texts of different lengths need a mask"):
-        join([Condition(torch.ones(1, 2, 2)), long])
+        collate([PromptEmbeds(torch.ones(1, 2, 2)), long])
 
 
 def test_lora_starts_as_the_identity_and_is_all_that_learns(policy, noise):
-    condition = policy.encode(PROMPTS)
-    before = policy.velocity(noise, SIGMA, condition)
+    embeds = policy.encode(PROMPTS)
+    before = policy.velocity(noise, SIGMA, embeds)
     rng = torch.get_rng_state()
     policy.add_lora(rank=4, alpha=8)
     assert torch.equal(rng, torch.get_rng_state())
-    velocity = policy.velocity(noise, SIGMA, condition)
+    velocity = policy.velocity(noise, SIGMA, embeds)
     assert torch.equal(velocity, before)
     velocity.square().mean().backward()
     learning = {name for name, p in policy.network.named_parameters() if p.grad is not None}
@@ -160,10 +159,10 @@ def test_lora_starts_as_the_identity_and_is_all_that_learns(policy, noise):
     assert len(learning) == len(policy.parameters())
     perturb(policy)
     with torch.no_grad():
-        assert (policy.velocity(noise, SIGMA, condition) - before).abs().max() > 1e-2
+        assert (policy.velocity(noise, SIGMA, embeds) - before).abs().max() > 1e-2
         with policy.reference():
-            assert torch.equal(policy.velocity(noise, SIGMA, condition), before)
-        assert (policy.velocity(noise, SIGMA, condition) - before).abs().max() > 1e-2  # and on again
+            assert torch.equal(policy.velocity(noise, SIGMA, embeds), before)
+        assert (policy.velocity(noise, SIGMA, embeds) - before).abs().max() > 1e-2  # and on again
 
 
 def test_adapters_come_back_on_after_an_error(policy, noise):
@@ -177,7 +176,7 @@ def test_adapters_come_back_on_after_an_error(policy, noise):
 
 def test_the_seed_decides_the_adapters(tiny_folder):
     def adapters(seed):
-        policy = SD3Policy(load_pipeline(str(tiny_folder)), max_sequence_length=0)
+        policy = SD3Policy(load_pipeline(tiny_folder))
         policy.add_lora(rank=4, alpha=8, seed=seed)
         return torch.cat([p.flatten() for p in policy.parameters()])
 
@@ -200,6 +199,28 @@ def test_a_saved_lora_draws_the_same_in_plain_diffusers(policy, plain, noise, tm
     assert_close(draw(policy, noise), theirs, atol=1e-4, rtol=0)
 
 
+SAVE = """
+import sys, torch
+from vgpo.policies.base import load_policy
+from vgpo.policies.loading import ModelConfig
+policy = load_policy(ModelConfig(sys.argv[1]))
+policy.add_lora(rank=2, alpha=4, targets=["attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj"])
+for i in range(4): policy.save(f"{sys.argv[2]}/{i}")
+"""
+
+
+def test_equal_loras_are_equal_files_whatever_the_hash_seed(tiny_folder, tmp_path):
+    "The writer's own order of the metadata changes from call to call, so one pair of files might agree by luck."
+    for seed in ("0", "1"):
+        command = [sys.executable, "-c", SAVE, str(tiny_folder), str(tmp_path / seed)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    files = [file.read_bytes() for file in tmp_path.rglob("*.safetensors")]
+    assert len(files) == 8 and len(set(files)) == 1
+    with safe_open(next(tmp_path.rglob("*.safetensors")), "pt") as f:  # still a valid file, with all its metadata
+        metadata = json.loads(f.metadata()["lora_adapter_metadata"])
+        assert f.metadata()["format"] == "pt" and metadata["transformer.lora_alpha"] == 4 and len(list(f.keys())) > 8
+
+
 def test_no_reference_and_nothing_to_save_without_lora(policy, noise, tmp_path):
     with policy.reference():  # nothing is trained: the model is its own reference
         policy.velocity(noise, SIGMA, policy.encode(PROMPTS))
@@ -214,9 +235,9 @@ def test_guidance_is_a_constant_for_the_gradient(policy, noise):
     def gradient(velocity):
         return torch.cat([g.flatten() for g in torch.autograd.grad(velocity.mul(noise).sum(), policy.parameters())])
 
-    condition, empty = policy.encode(PROMPTS), policy.encode([""]).expand(2)
-    conditional, unconditional = (policy.predict(noise, SIGMA, c) for c in (condition, empty))
-    guided = policy.velocity(noise, SIGMA, condition, 3.0)
+    embeds, empty = policy.encode(PROMPTS), policy.encode([""]).expand(2)
+    conditional, unconditional = (policy.predict(noise, SIGMA, c) for c in (embeds, empty))
+    guided = policy.velocity(noise, SIGMA, embeds, 3.0)
     assert_close(guided, unconditional + 3 * (conditional - unconditional))
     ours, g_c, g_u = gradient(guided), gradient(conditional), gradient(unconditional)
     scale = g_c.abs().max().item()
@@ -226,14 +247,14 @@ def test_guidance_is_a_constant_for_the_gradient(policy, noise):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_and_the_first_ratio(tiny_folder, dtype):
-    policy = SD3Policy(load_pipeline(str(tiny_folder), dtype), max_sequence_length=0)
+    policy = SD3Policy(load_pipeline(tiny_folder, dtype))
     policy.add_lora(rank=4, alpha=8)
     assert policy.pipe.transformer.dtype == dtype and {p.dtype for p in policy.parameters()} == {torch.float32}
     noise, sampler = torch.randn(2, 5, 8, 8, 8, generator=torch.Generator().manual_seed(0)), FlowSDE(0.7)
-    condition = policy.encode(PROMPTS)
+    embeds = policy.encode(PROMPTS)
 
     def velocity(x, sigma):
-        return policy.velocity(x, sigma, condition)
+        return policy.velocity(x, sigma, embeds)
 
     path = rollout(velocity, noise[:, 0], policy.sigmas(4), sampler, noise[:, 1:], sde_steps=3)
     assert {path.latents.dtype, path.log_probs.dtype, path.clean.dtype} == {torch.float32}
@@ -263,14 +284,17 @@ def test_checkpointing_leaves_the_gradient(policy, noise):
 
 
 def test_resolutions(tiny_folder):
-    pipe = load_pipeline(str(tiny_folder))
-    assert SD3Policy(pipe).measure() == Geometry(channels=8, patch=2, side=8, largest=8)
-    assert SD3Policy(pipe).latent_shape == SD3Policy(pipe, resolution=32).latent_shape == (8, 8, 8)
-    assert SD3Policy(pipe, resolution=16).latent_shape == (8, 4, 4) and SD3Policy(pipe, resolution=16).tokens == 4
+    pipe = load_pipeline(tiny_folder)
+    assert SD3Policy(pipe).latent_spec() == LatentSpec(channels=8, patch=2, side=8, largest=8)
+    assert SD3Policy(pipe).latent_shape == SD3Policy(pipe, ModelConfig(resolution=32)).latent_shape == (8, 8, 8)
+    assert (
+        SD3Policy(pipe, ModelConfig(resolution=16)).latent_shape == (8, 4, 4)
+        and SD3Policy(pipe, ModelConfig(resolution=16)).image_tokens == 4
+    )
     for wrong in (30, 40, 0, -8):
         with pytest.raises(ValueError, match=f"model.resolution is {wrong}; .* multiple of 8 up to 32"):
-            SD3Policy(pipe, resolution=wrong)
-    unbounded = Geometry(channels=16, patch=2, side=128)
+            SD3Policy(pipe, ModelConfig(resolution=wrong))
+    unbounded = LatentSpec(channels=16, patch=2, side=128)
     assert latent_side(unbounded, 8) == 128 and latent_side(unbounded, 8, 4096) == 512
     with pytest.raises(ValueError, match="model.resolution is 0; .* multiple of 16 from 16"):
         latent_side(unbounded, 8, 0)
@@ -300,8 +324,8 @@ def test_errors_of_the_hub_say_what_to_do(tiny_folder, monkeypatch, error):
 
     monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", download)
     for load, option in (
-        (lambda: load_policy("some/model"), "model.path"),
-        (lambda: load_policy(tiny_folder, draft_decoder="some/model"), "model.draft_decoder"),
+        (lambda: load_policy(ModelConfig("some/model")), "model.path"),
+        (lambda: load_policy(ModelConfig(str(tiny_folder), tiny_vae="some/model")), "model.tiny_vae"),
     ):
         with pytest.raises(OSError, match=f"^cannot load the pipeline some/model, check {option}: .*{message}") as e:
             load()
@@ -309,11 +333,11 @@ def test_errors_of_the_hub_say_what_to_do(tiny_folder, monkeypatch, error):
 
 
 def test_hub_hints_are_for_errors_of_the_hub(tiny_folder, monkeypatch):
-    with pytest.raises(OSError, match="check model.path: the disk is on fire"), loading("some/model"):
+    with pytest.raises(OSError, match="check model.path: the disk is on fire"), pipeline_errors("some/model"):
         raise OSError("the disk\nis on fire")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the real client, told not to ask anybody
     with pytest.raises(OSError, match="some/model, check model.path: it is not in the cache here"):
-        load_policy("some/model")
+        load_policy(ModelConfig("some/model"))
 
 
 def test_what_is_no_pipeline(tiny_folder, tmp_path):
@@ -325,16 +349,17 @@ def test_what_is_no_pipeline(tiny_folder, tmp_path):
 def test_a_pipeline_of_another_kind(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(
-        ValueError, match="is a StableDiffusionPipeline; .*StableDiffusion3Pipeline, FluxPipeline, Qwen"
+        ValueError,
+        match="is a StableDiffusionPipeline; model.path must be one of FluxPipeline, QwenImagePipeline, Stable",
     ):
-        load_policy(tmp_path)
+        load_policy(ModelConfig(str(tmp_path)))
 
 
 def test_pickled_weights_are_not_read(tiny_folder, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(tiny_folder, folder)
     (weights,) = (folder / "transformer").glob("*.safetensors")
-    torch.save(load_pipeline(str(tiny_folder)).transformer.state_dict(), weights.with_suffix(".bin"))
+    torch.save(load_pipeline(tiny_folder).transformer.state_dict(), weights.with_suffix(".bin"))
     weights.unlink()
     with pytest.raises(OSError, match="cannot load the pipeline"):
         load_pipeline(str(folder))
@@ -380,35 +405,33 @@ def test_the_second_attention_is_adapted_when_asked_for():
     assert more - default == {"transformer_blocks.0.attn2.to_q"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_weights(tiny_folder, plain, noise, tmp_path, dtype):
-    policy = load_policy(tiny_folder, dtype)
-    condition = policy.encode(PROMPTS)
-    before = policy.velocity(noise, SIGMA, condition)
+    policy = load_policy(ModelConfig(str(tiny_folder), dtype=dtype))
+    embeds = policy.encode(PROMPTS)
+    before = policy.velocity(noise, SIGMA, embeds)
     policy.full_finetune()
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert len(policy.parameters()) == len(list(policy.network.parameters()))
-    velocity = policy.velocity(noise, SIGMA, condition)
+    velocity = policy.velocity(noise, SIGMA, embeds)
     # float32 weights that hold half-precision values, under autocast: the same up to rounding, and exact in float32
-    assert_close(velocity, before, atol=0 if dtype == torch.float32 else 0.05 * before.std().item(), rtol=0)
+    assert_close(velocity, before, atol=0 if dtype == "float32" else 0.05 * before.std().item(), rtol=0)
     velocity.square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.parameters())
     perturb(policy, 0.01)
     with torch.no_grad():
-        trained = policy.velocity(noise, SIGMA, condition)
+        trained = policy.velocity(noise, SIGMA, embeds)
         with policy.reference():
-            assert torch.equal(policy.velocity(noise, SIGMA, condition), velocity)
-        assert (
-            torch.equal(policy.velocity(noise, SIGMA, condition), trained) and (trained - velocity).abs().max() > 0.05
-        )
-    policy.save(tmp_path / "whole")
-    again = load_policy(tiny_folder, dtype)
-    again.load(tmp_path / "whole")
+            assert torch.equal(policy.velocity(noise, SIGMA, embeds), velocity)
+        assert torch.equal(policy.velocity(noise, SIGMA, embeds), trained) and (trained - velocity).abs().max() > 0.05
+    policy.save(tmp_path / "full")
+    again = load_policy(ModelConfig(str(tiny_folder), dtype=dtype))
+    again.load(tmp_path / "full")
     assert not again.parameters()
-    assert torch.equal(again.velocity(noise, SIGMA, condition), trained)
-    if dtype == torch.float32:
+    assert torch.equal(again.velocity(noise, SIGMA, embeds), trained)
+    if dtype == "float32":
         theirs = StableDiffusion3Pipeline.from_pretrained(
-            tiny_folder, transformer=type(policy.network).from_pretrained(tmp_path / "whole"),
+            tiny_folder, transformer=type(policy.network).from_pretrained(tmp_path / "full"),
             text_encoder_3=None, tokenizer_3=None)  # fmt: skip
         theirs.set_progress_bar_config(disable=True)
         assert_close(draw(policy, noise), draw_plain(theirs, noise, output_type="latent"), atol=1e-4, rtol=0)
@@ -433,17 +456,18 @@ def count_encodings(policy):
 
 
 def test_embeddings_on_the_disk(tiny_folder, tmp_path):
-    first = load_policy(tiny_folder, embedding_cache=tmp_path)
+    first = load_policy(ModelConfig(str(tiny_folder), embedding_cache=str(tmp_path)))
     wanted, calls = first.encode(PROMPTS), count_encodings(first)
     assert len(list(tmp_path.iterdir())) == 2 and {f.suffix for f in tmp_path.iterdir()} == {".safetensors"}
     assert first.encode(PROMPTS) and not calls
-    second = load_policy(tiny_folder, embedding_cache=tmp_path, cache_size=1)
+    second = load_policy(ModelConfig(str(tiny_folder), embedding_cache=str(tmp_path)))
+    second.encoder.remember(1)
     calls = count_encodings(second)
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(tuple(second.encode(PROMPTS))[:2], tuple(wanted)[:2], strict=True))
     assert not calls
-    for changed in ({"max_sequence_length": 4}, {"dtype": torch.bfloat16}, {"revision": "v2"}):
-        other = load_policy(tiny_folder, embedding_cache=tmp_path, **changed)
+    for changed in ({"max_sequence_length": 4}, {"dtype": "bfloat16"}, {"revision": "v2"}):
+        other = load_policy(ModelConfig(str(tiny_folder), embedding_cache=str(tmp_path), **changed))
         calls = count_encodings(other)
         other.encode(PROMPTS[:1])
         assert len(calls) == 1, changed
@@ -452,10 +476,10 @@ def test_embeddings_on_the_disk(tiny_folder, tmp_path):
 def test_a_damaged_file_of_the_disk_cache_is_named(tmp_path):
     cache = EmbeddingCache(tmp_path / "new", "model", None)
     assert cache.get("a") is None
-    condition = Condition(torch.rand(1, 2, 3), mask=torch.tensor([[True, False]]))
-    cache.put("a", condition)
+    embeds = PromptEmbeds(torch.rand(1, 2, 3), mask=torch.tensor([[True, False]]))
+    cache.put("a", embeds)
     found = cache.get("a")
-    assert torch.equal(found.text, condition.text) and found.pooled is None and torch.equal(found.mask, condition.mask)
+    assert torch.equal(found.text, embeds.text) and found.pooled is None and torch.equal(found.mask, embeds.mask)
     assert [f.name for f in (tmp_path / "new").iterdir()] == [cache.file("a").name]
     cache.file("a").write_bytes(b"half a file")
     with pytest.raises(OSError, match=f"{cache.file('a').name} is damaged .*; delete it"):
@@ -464,85 +488,115 @@ def test_a_damaged_file_of_the_disk_cache_is_named(tmp_path):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_freed_text_encoders(tiny_folder, noise, tmp_path, cached):
-    kept = load_policy(tiny_folder)
-    policy = load_policy(
-        tiny_folder, free_text_encoders=True, embedding_cache=tmp_path if cached else None, cache_size=1
-    )
+    kept, folder = load_policy(ModelConfig(str(tiny_folder))), str(tmp_path) if cached else None
+    policy = load_policy(ModelConfig(str(tiny_folder), precompute_text_embeds=True, embedding_cache=folder))
+    policy.encoder.remember(1)
     assert policy.pipe.text_encoder is not None
-    policy.prepare(PROMPTS)
+    policy.precompute(PROMPTS)
     assert policy.pipe.text_encoder is None and policy.pipe.text_encoder_2 is None
     assert not any("text_encoder" in name for name, part in policy.pipe.components.items() if part is not None)
     assert_close(draw(policy, noise, 3.0), draw(kept, noise, 3.0), atol=0, rtol=0)  # guidance needs the empty prompt
     with pytest.raises(ValueError, match="'new' was not encoded before the text encoders were freed.*announce it"):
         policy.encode(["new"])
-    policy.prepare(["new"])  # too late, and nothing happens
+    policy.precompute(["new"])  # too late, and nothing happens
 
 
 def test_the_prompts_that_a_run_needs():
     config = parse_config(["--epochs", "3", "--sampling.groups", "2", "--seed", "5", "--optim.updates", "1"])
     rows, test = [{"prompt": f"p{i}"} for i in range(50)], [{"prompt": "held out"}, {"prompt": "p1"}]
-    from vgpo.prompts.files import epoch_prompts
+    from vgpo.noise import epoch_prompts
 
     wanted = {f"p{i}" for epoch in range(3) for i in epoch_prompts(50, 2, 5, epoch)} | {"held out", "p1", ""}
     prompts = needed_prompts(config, rows, test)
     assert set(prompts) == wanted and len(prompts) == len(wanted)
 
 
-def test_drafts_before_the_last_step(tiny_folder, policy, tmp_path):
+def test_the_tiny_vae_decodes_what_comes_before_the_last_step(tiny_folder, policy, tmp_path):
     torch.manual_seed(1)
     make_autoencoder().save_pretrained(tmp_path)
-    drafting = load_policy(tiny_folder, draft_decoder=tmp_path)
-    assert not any(p.requires_grad for p in drafting.draft.parameters()) and not drafting.draft.training
+    previewing = load_policy(ModelConfig(str(tiny_folder), tiny_vae=str(tmp_path)))
+    assert not any(p.requires_grad for p in previewing.tiny_vae.parameters()) and not previewing.tiny_vae.training
     clean = torch.randn(2, 3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    full, mixed = (p.decode_steps(clean, 4).reshape(2, 3, 32, 32, 3) for p in (policy, drafting))
+    full, mixed = (p.decode_steps(clean, 4).reshape(2, 3, 32, 32, 3) for p in (policy, previewing))
     assert np.array_equal(full.reshape(-1, 32, 32, 3), policy.decode(clean.flatten(0, 1)))
     assert np.array_equal(mixed[:, -1], full[:, -1]) and not np.array_equal(mixed[:, 0], full[:, 0])
-    assert np.array_equal(drafting.decode_steps(clean[:, -1:], 4), policy.decode(clean[:, -1]))
-    drafting.pipe.vae = drafting.draft  # made for the latents as they are: its config says scale 1 and shift 0
-    assert np.array_equal(mixed[:, :-1].reshape(-1, 32, 32, 3), drafting.decode(clean[:, :-1].flatten(0, 1)))
+    assert np.array_equal(previewing.decode_steps(clean[:, -1:], 4), policy.decode(clean[:, -1]))
+    previewing.pipe.vae = previewing.tiny_vae  # made for the latents as they are: its config says scale 1 and shift 0
+    assert np.array_equal(mixed[:, :-1].reshape(-1, 32, 32, 3), previewing.decode(clean[:, :-1].flatten(0, 1)))
 
 
-def test_a_draft_decoder_for_other_latents(tiny_folder, tmp_path):
+def test_a_tiny_vae_for_other_latents(tiny_folder, tmp_path):
     make_autoencoder(latent_channels=4).save_pretrained(tmp_path / "taesd")
     with pytest.raises(
-        ValueError, match="model.draft_decoder is .*taesd, which decodes latents of 4 channels to 4 pix.*8"
+        ValueError, match="model.tiny_vae decodes latents of 4 channels to 4 pixels per side; this model's have 8"
     ):
-        load_policy(tiny_folder, draft_decoder=tmp_path / "taesd")
-    with pytest.raises(OSError, match="check model.draft_decoder"):
-        load_policy(tiny_folder, draft_decoder=tmp_path / "nothing")
+        load_policy(ModelConfig(str(tiny_folder), tiny_vae=str(tmp_path / "taesd")))
+    with pytest.raises(OSError, match="check model.tiny_vae"):
+        load_policy(ModelConfig(str(tiny_folder), tiny_vae=str(tmp_path / "nothing")))
 
 
 def test_slices_and_tiles(tmp_path):
     tiny_sd3().save_pretrained(tmp_path)
     settings = dict(resolution=24, max_sequence_length=4)
-    whole, sliced, tiled = (load_policy(tmp_path, **settings, **more)
+    full, sliced, tiled = (load_policy(ModelConfig(str(tmp_path), **settings, **more))
                             for more in ({}, {"vae_slicing": True}, {"vae_tiling": True}))  # fmt: skip
-    latents, shapes = torch.randn(3, *whole.latent_shape, generator=torch.Generator().manual_seed(0)), []
-    for policy in (whole, sliced, tiled):
+    latents, shapes = torch.randn(3, *full.latent_shape, generator=torch.Generator().manual_seed(0)), []
+    for policy in (full, sliced, tiled):
         policy.pipe.vae.decoder.register_forward_pre_hook(lambda _, x: shapes.append(tuple(x[0].shape)))
-    pictures = whole.decode(latents)
-    assert shapes == [(3, 4, 12, 12)] and pictures.shape == (3, 24, 24, 3)
-    assert np.array_equal(whole.decode(latents, batch_size=2), pictures) and shapes[1:] == [
+    images = full.decode(latents)
+    assert shapes == [(3, 4, 12, 12)] and images.shape == (3, 24, 24, 3)
+    assert np.array_equal(full.decode(latents, batch_size=2), images) and shapes[1:] == [
         (2, 4, 12, 12),
         (1, 4, 12, 12),
     ]
     shapes.clear()
-    assert np.abs(sliced.decode(latents).astype(int) - pictures).max() <= 1 and shapes == [(1, 4, 12, 12)] * 3
+    assert np.abs(sliced.decode(latents).astype(int) - images).max() <= 1 and shapes == [(1, 4, 12, 12)] * 3
     shapes.clear()
     in_tiles = tiled.decode(latents)
-    assert in_tiles.shape == pictures.shape and all(shape[-1] <= 8 for shape in shapes) and len(shapes) > 1
+    assert in_tiles.shape == images.shape and all(shape[-1] <= 8 for shape in shapes) and len(shapes) > 1
 
 
 def test_an_autoencoder_that_cannot_be_tiled(tiny_folder):
     with pytest.raises(ValueError, match="model.vae_tiling is true, but .*; set it to false"):
-        load_policy(tiny_folder, vae_tiling=True)
+        load_policy(ModelConfig(str(tiny_folder), vae_tiling=True))
+
+
+def test_one_code_path_with_and_without_weights(tiny_folder, tmp_path):
+    "On the meta device a policy has the shapes of the real one, and is refused for the same reasons."
+    make_autoencoder().save_pretrained(tmp_path / "good")
+    make_autoencoder(latent_channels=4).save_pretrained(tmp_path / "wrong")
+    for rank in (4, 0):
+        model = ModelConfig(str(tiny_folder), resolution=16, lora_rank=rank, tiny_vae=str(tmp_path / "good"))
+        real, meta = load_policy(model), meta_policy(model)
+        real.make_trainable(model)
+        assert real.latent_shape == meta.latent_shape and len(real.tiny_vae.state_dict()) == len(
+            meta.tiny_vae.state_dict()
+        )
+        assert [p.shape for p in real.parameters()] == [p.shape for p in meta.parameters()]
+        assert all(p.is_meta for part in networks(meta.pipe).values() for p in part.parameters())
+    for wrong, message in (
+        ({"resolution": 30}, "model.resolution is 30"),
+        ({"max_sequence_length": 513}, "model.max_sequence_length is 513"),
+        ({"vae_tiling": True}, "model.vae_tiling is true"),
+        ({"tiny_vae": str(tmp_path / "wrong")}, "model.tiny_vae decodes latents of 4 channels"),
+        ({"lora_targets": ["attn.to_w"]}, "model.lora_targets has 'attn.to_w'"),
+    ):
+        model = ModelConfig(str(tiny_folder), **wrong)
+        for load in (lambda m: load_policy(m).make_trainable(m), meta_policy):
+            with pytest.raises(ValueError, match=message):
+                load(model)
+
+
+def test_sharding_needs_a_dtype_that_needs_no_scale():
+    with pytest.raises(ValueError, match="model.fsdp is full_shard, .*: change model.dtype, or set model.fsdp to off"):
+        ModelConfig(dtype="float16", fsdp="full_shard")
 
 
 def test_numbers_of_tokens(tiny_folder):
     with pytest.raises(ValueError, match="model.max_sequence_length is 513; .* must lie in 0 to 512"):
-        load_policy(tiny_folder, max_sequence_length=513)
+        load_policy(ModelConfig(str(tiny_folder), max_sequence_length=513))
     assert SD3Policy(tiny_sd3()).max_sequence_length == 256  # with T5
-    assert load_policy(tiny_folder).max_sequence_length == 0
+    assert load_policy(ModelConfig(str(tiny_folder))).max_sequence_length == 0
 
 
 # Runs
@@ -565,7 +619,7 @@ def no_figures(monkeypatch):
 
 def test_memory_options_do_not_change_a_run(tiny_folder, tmp_path, no_figures):
     options = [*SMALL, f"--model.path={tiny_folder}", f"--output={tmp_path}"]
-    saving = [*options, "--model.free_text_encoders=true", f"--model.embedding_cache={tmp_path / 'cache'}"]
+    saving = [*options, "--model.precompute_text_embeds=true", f"--model.embedding_cache={tmp_path / 'cache'}"]
     measured = []
     for arguments in (options, saving, saving):
         run = start(arguments)
@@ -588,7 +642,7 @@ def test_a_run_of_all_weights(tiny_folder, tmp_path, no_figures):
         trained = [p.detach().clone() for p in run.policy.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(policy.network.parameters(), trained, strict=True))
     assert not policy.parameters() and any(
-        not torch.equal(a, b) for a, b in zip(trained, run.policy.before, strict=True)
+        not torch.equal(a, b) for a, b in zip(trained, run.policy.reference_weights, strict=True)
     )
     run.lock.release()
     resumed = start(["--resume", str(run.folder)])
@@ -598,7 +652,7 @@ def test_a_run_of_all_weights(tiny_folder, tmp_path, no_figures):
 
 
 def test_evaluation_with_freed_encoders(tiny_folder, noise):
-    policy = load_policy(tiny_folder, free_text_encoders=True)
+    policy = load_policy(ModelConfig(str(tiny_folder), precompute_text_embeds=True))
     images = generate_images(policy, PROMPTS, noise, steps=2)
     assert policy.pipe.text_encoder is None
-    assert np.array_equal(images, generate_images(load_policy(tiny_folder), PROMPTS, noise, steps=2))
+    assert np.array_equal(images, generate_images(load_policy(ModelConfig(str(tiny_folder))), PROMPTS, noise, steps=2))

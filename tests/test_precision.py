@@ -7,8 +7,10 @@ import torch
 from tiny_pipelines import tiny_sd3
 from torch.testing import assert_close
 
-from vgpo.policies.base import SD3Policy, load_policy
-from vgpo.precision import network_bytes, ratio_error
+from vgpo.policies.base import load_policy
+from vgpo.policies.loading import ModelConfig, networks
+from vgpo.policies.sd3 import SD3Policy
+from vgpo.rollout import replay, rollout
 from vgpo.sde import FlowSDE
 from vgpo.train import RATIO_TOLERANCE
 
@@ -27,17 +29,24 @@ def with_lora(policy):
 
 
 def trained(folder, dtype):
-    return with_lora(load_policy(folder, dtype))
+    return with_lora(load_policy(ModelConfig(str(folder), dtype=dtype)))
 
 
 @pytest.fixture(scope="module")
 def policies(tiny_folder):
-    return {name: trained(tiny_folder, dtype) for name, dtype in DTYPES.items()}
+    return {name: trained(tiny_folder, name) for name in DTYPES}
 
 
 def velocity_of(policy):
-    condition = policy.encode(PROMPTS)
-    return lambda x, sigma: policy.velocity(x, sigma, condition)
+    embeds = policy.encode(PROMPTS)
+    return lambda x, sigma: policy.velocity(x, sigma, embeds)
+
+
+def ratio_error(sampled_by, replayed_by, noise, sigmas, sampler, steps):
+    "Mean |ratio - 1| of each of the first steps, between two velocity functions before any update."
+    path = rollout(sampled_by, noise[:, 0], sigmas, sampler, noise[:, 1:], sde_steps=steps)
+    log_probs = [replay(replayed_by, path, j, sampler).log_prob(path.latents[:, j + 1]) for j in range(steps)]
+    return ((torch.stack(log_probs, 1).detach() - path.log_probs[:, :steps]).exp() - 1).abs().mean(0)
 
 
 def error(policies, a, b):
@@ -54,12 +63,12 @@ def test_the_same_batches_keep_the_ratio(policies, dtype):
 def test_the_trainers_tolerance_is_below_mistakes_at_the_size_of_sd35(dtype):
     "The larger the latents, the smaller a mistake looks: its error is averaged over their dimensions."
     pipe = tiny_sd3(sample_size=64, in_channels=16, out_channels=16, pos_embed_max_size=32, num_layers=2)
-    policy = with_lora(SD3Policy(pipe.to(DTYPES[dtype]), max_sequence_length=4))
+    policy = with_lora(SD3Policy(pipe.to(DTYPES[dtype]), ModelConfig(max_sequence_length=4)))
     z = torch.randn(1, 11, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    condition = policy.encode(PROMPTS[:1])
+    embeds = policy.encode(PROMPTS[:1])
 
     def velocity(x, sigma):
-        return policy.velocity(x, sigma, condition)
+        return policy.velocity(x, sigma, embeds)
 
     def forgetful(x, sigma):
         with policy.reference():
@@ -108,15 +117,25 @@ def test_gradients_survive_half_precision(policies, factor):
         assert abs(found.norm() / exact.norm() - 1) < 0.05
 
 
-def test_without_the_lift_they_do_not(policies, tiny_folder, monkeypatch):
-    policy = trained(tiny_folder, torch.float16)
-    assert policy.lift == 128 * math.prod(policy.latent_shape)
-    monkeypatch.setattr(type(policy), "lift", 1.0)
+def test_without_the_scale_they_do_not(policies, tiny_folder):
+    assert policies["float16"].grad_scale == 128 * math.prod(policies["float16"].latent_shape)
+    policy = load_policy(ModelConfig(str(tiny_folder), dtype="float16"))
+    policy.grad_scale = 1.0
+    with_lora(policy)
     assert torch.cosine_similarity(gradient(policy, 2.0**-18), gradient(policies["float32"], 1.0), 0) < 0.5
 
 
+def network_bytes(pipe):
+    "{network: (bytes of frozen parameters, bytes of trained parameters)} of a pipeline."
+
+    def size(part, trained):
+        return sum(p.nbytes for p in part.parameters() if p.requires_grad == trained)
+
+    return {name: (size(part, False), size(part, True)) for name, part in networks(pipe).items()}
+
+
 def test_bytes(tiny_folder):
-    policy = load_policy(tiny_folder, torch.bfloat16)
+    policy = load_policy(ModelConfig(str(tiny_folder), dtype="bfloat16"))
     count = sum(p.numel() for p in policy.network.parameters())
     policy.add_lora(rank=4)
     adapters = sum(p.numel() for p in policy.parameters())

@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from safetensors.torch import load_file
 
-from vgpo.policies.base import load_pipeline
+from vgpo.policies.loading import load_pipeline
 from vgpo.prompts.files import load_prompts
 from vgpo.world.pretrain import MAX_TOKENS, make_tokenizer, mislabel, pretrain, training_pictures
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from fractions import Fraction
 from math import sqrt
@@ -14,15 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from equivalence import EIGHT, FAR, SMALL, WHOLE, differences, epochs, final_weights, launch, recorded
 
-import vgpo.distributed
 from vgpo.advantages import group_relative, group_stats, value_anchored
-from vgpo.runs.checkpoint import checkpoints, read_checkpoint
-from vgpo.distributed import dealt, joined, meet
 from vgpo.prompts.files import load_prompts
-from vgpo.rewards.base import Scores
+from vgpo.runs.checkpoint import checkpoints, read_checkpoint
 from vgpo.train import main, stoppable
 
 
@@ -61,7 +56,7 @@ def test_processes_do_together_what_one_does(one, made, processes):
 
 
 def test_processes_that_divide_all_weights_among_them_do_what_one_does(made):
-    check(made(1, *WHOLE, "--epochs=1"), made(2, *WHOLE, "--epochs=1", "--model.shard=weights"))
+    check(made(1, *WHOLE, "--epochs=1"), made(2, *WHOLE, "--epochs=1", "--model.fsdp=full_shard"))
 
 
 def test_a_pass_of_eight_and_checkpointing_do_what_eight_passes_do(made):
@@ -144,22 +139,6 @@ def test_the_held_out_rows_are_shared_out_and_put_together_again(one, made):
             np.testing.assert_allclose(found["scaled"], expected["scaled"], atol=1e-6)
 
 
-@pytest.mark.parametrize("processes", range(1, 8))
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 24])
-def test_every_row_is_dealt_and_comes_back_once_and_in_order(processes, count):
-    parts = []
-    for index in range(processes):
-        numbers = dealt(SimpleNamespace(process_index=index, num_processes=processes), count)
-        assert len(numbers) == -(-count // processes)  # as many for all: sharded networks are called in step
-        values = torch.tensor(numbers, dtype=torch.float32)
-        details = [{"row": n} for n in numbers]
-        parts.append((numbers, np.array(numbers, dtype=np.uint8), [Scores(values, values / 100, values > 3, details)]))
-    images, [scores] = joined(parts)
-    assert images.tolist() == list(range(count)) and scores.raw.tolist() == list(range(count))
-    assert torch.equal(scores.scaled, scores.raw / 100) and torch.equal(scores.strict, scores.raw > 3)
-    assert [d["row"] for d in scores.details] == list(range(count))
-
-
 def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, capsys):
     "Two processes, whose launcher is told to stop; then one; then two that divide the gradients."
     folder = tmp_path / "run"
@@ -175,11 +154,11 @@ def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, capsys):
 
     main(["--resume", str(folder), "--epochs=2"])
     assert "changed: epochs: 3 -> 2" in capsys.readouterr().out
-    last = launch(2, ["--resume", str(folder), "--epochs=3", "--model.shard=gradients"])
+    last = launch(2, ["--resume", str(folder), "--epochs=3", "--model.fsdp=shard_grad_op"])
     said = last.communicate()[0]
     assert last.returncode == 0, said
     assert "6 in each of 2 processes" in said
-    assert "changed: epochs: 2 -> 3" in said and "changed: model.shard: none -> gradients" in said
+    assert "changed: epochs: 2 -> 3" in said and "changed: model.fsdp: off -> shard_grad_op" in said
 
     states = [read_checkpoint(path / "checkpoints" / "epoch-00003")[1] for path in (one / "run", folder)]
     for state in states:
@@ -219,13 +198,6 @@ def test_the_slurm_script_starts_resumes_and_requeues(tmp_path):
     assert code == 1 and "requeue" not in said
 
 
-def test_a_process_that_finds_no_others_does_not_train_alone(monkeypatch):
-    meet(1.0)  # one process, as accelerate sees it from then on
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but this process found 1 and would train alone"):
-        meet(1.0)
-
-
 def test_a_second_sigterm_does_not_abort_the_stop_but_ctrl_c_does():
     "A scheduler and a launcher may send one each, while the checkpoint is being written."
     run = SimpleNamespace(stopping=False, accelerator=SimpleNamespace(is_main_process=True))
@@ -235,28 +207,3 @@ def test_a_second_sigterm_does_not_abort_the_stop_but_ctrl_c_does():
         assert run.stopping
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.parametrize(
-    "setting", [("MIXED_PRECISION", "bf16"), ("GRADIENT_ACCUMULATION_STEPS", "4"), ("DYNAMO_BACKEND", "EAGER")]
-)
-def test_what_a_launcher_adds_to_the_recipe_has_no_effect(setting):
-    says = "print(a.mixed_precision, a.gradient_accumulation_steps, a.state.dynamo_plugin.backend.value)"
-    command = [sys.executable, "-c", f"from vgpo.distributed import meet; a = meet(1.0); {says}"]
-    environment = os.environ | {f"ACCELERATE_{setting[0]}": setting[1]}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["no", "1", "NO"], done.stdout
-
-
-@pytest.mark.parametrize(
-    "kind, refused", [("DEEPSPEED", True), ("FSDP", True), ("MULTI_GPU", False), ("MULTI_NPU", False)]
-)
-def test_engines_that_train_otherwise_are_refused_and_other_hardware_is_not(monkeypatch, kind, refused):
-    found = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=1)
-    monkeypatch.setattr(vgpo.distributed, "Accelerator", lambda **options: found)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if refused:
-        with pytest.raises(ValueError, match=f"the launcher asks for {kind}.*model.shard"):
-            meet(1.0)
-    else:
-        assert meet(1.0) is found

@@ -1,27 +1,29 @@
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vgpo.prompts.__main__ import main
+from vgpo.prompts.files import load_prompts, prompt_sources
 from vgpo.prompts.geneval import (
     FINGERPRINT,
     MIX,
-    article,
-    combination,
+    canonical_key,
     fingerprint,
     geneval_row,
     geneval_set,
     geneval_test,
     geneval_train,
-    held_out,
-    main,
-    ocr_rows,
     plural,
+    round_robin,
+    with_article,
 )
-from vgpo.prompts.files import load_prompts
+from vgpo.prompts.ocr import held_out, ocr_rows
 from vgpo.rewards.geneval import check_row
 from vgpo.rewards.ocr import normalize, target_text
 
@@ -66,7 +68,7 @@ def test_the_wording_is_genevals(tag, include, prompt):
 
 
 def test_articles_and_plurals_go_by_letters_alone():
-    assert [article(word) for word in ("umbrella", "hair drier", "orange cow")] == [
+    assert [with_article(word) for word in ("umbrella", "hair drier", "orange cow")] == [
         "an umbrella", "a hair drier", "an orange cow"]  # fmt: skip
     assert [plural(word) for word in ("skis", "sheep", "toothbrush")] == ["skises", "sheeps", "toothbrushs"]
 
@@ -91,7 +93,7 @@ def test_other_random_numbers_are_not_called_genevals(monkeypatch):
 
 
 def same_question(row):
-    "All texts that ask for what a row asks for, written without `combination`."
+    "All texts that ask for what a row asks for, written without `canonical_key`."
     first, *rest = row["include"]
     if row["tag"] == "position":
         opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -101,23 +103,23 @@ def same_question(row):
     return {row["prompt"], geneval_row(row["tag"], [*rest, first])["prompt"]}
 
 
-def test_no_training_prompt_asks_a_question_of_the_exam():
-    exam = {text for row in geneval_test() for text in same_question(row)}
+def test_no_training_prompt_asks_a_question_of_the_test_set():
+    asked = {text for row in geneval_test() for text in same_question(row)}
     rows = geneval_train(20_000)
-    assert not {row["prompt"] for row in rows} & exam
+    assert not {row["prompt"] for row in rows} & asked
     for row in rows[:500]:
         check_row(row)
     assert len({row["prompt"] for row in rows if row["tag"] == "counting"}) == 160  # of 240, all that are left
 
 
-def test_combinations_are_equal_exactly_where_the_question_is():
+def test_keys_are_equal_exactly_where_the_question_is():
     rows = geneval_set(5) + geneval_set(6)
-    found = {row["prompt"]: combination(row) for row in rows}
+    found = {row["prompt"]: canonical_key(row) for row in rows}
     for row in rows[::2]:
         texts = same_question(row)
         assert all((other == found[row["prompt"]]) == (prompt in texts) for prompt, other in found.items())
     with pytest.raises(ValueError, match="GenEval row with prompt 'x': unknown tag None"):
-        combination({"prompt": "x", "include": []})
+        canonical_key({"prompt": "x", "include": []})
 
 
 def test_training_prompts_follow_flow_grpos_mix():
@@ -161,7 +163,7 @@ def test_what_cannot_be_made(options, message):
         geneval_train(3, **options)
 
 
-def test_the_exam_as_a_source_takes_the_tasks_in_turn():
+def test_the_test_set_as_a_source_takes_the_tasks_in_turn():
     rows = load_prompts("geneval", "test")
     assert len(rows) == 553 and fingerprint(rows) == FINGERPRINT
     assert set(Counter(row["tag"] for row in load_prompts("geneval", "test", 60)).values()) == {10}
@@ -195,7 +197,7 @@ def test_ocr_targets_are_excluded_as_the_reward_compares_them():
 
 
 def test_ocr_texts_can_run_out(monkeypatch):
-    monkeypatch.setattr("vgpo.prompts.geneval.some_target", lambda rng: "ONE")
+    monkeypatch.setattr("vgpo.prompts.ocr.random_target", lambda rng: "ONE")
     with pytest.raises(
         ValueError, match="no train text is left outside the 1 that are taken; ask for fewer OCR prompts"
     ):
@@ -205,7 +207,7 @@ def test_ocr_texts_can_run_out(monkeypatch):
 def test_files_are_written_and_read_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main("geneval --split test --out evaluation_metadata.jsonl".split())
-    assert load_prompts("evaluation_metadata.jsonl", "test") == geneval_test()
+    assert load_prompts("evaluation_metadata.jsonl", "test") == round_robin(geneval_test())
     Path("own.txt").write_text("\n".join(row["prompt"] for row in geneval_train(30)))
     Path("more.jsonl").write_text(json.dumps(geneval_train(31)[-1]))
     main("geneval --count 400 --exclude own.txt more.jsonl --out new.jsonl".split())
@@ -218,14 +220,33 @@ def test_files_are_written_and_read_again(tmp_path, monkeypatch, capsys):
     assert "signs.txt: 30 rows, 30 different prompts" in capsys.readouterr().out
 
 
+def test_any_source_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source in prompt_sources():
+        main([source, "--split", "test", "--count", "40", "--out", f"{source}.jsonl"])
+        assert load_prompts(f"{source}.jsonl", "test") == load_prompts(source, "test", 40)
+
+
+def test_the_program_is_the_package(tmp_path):
+    "As `python -m vgpo.prompts`: its sources are those that every other module sees."
+    words = [sys.executable, "-m", "vgpo.prompts", "ocr", "--count", "3", "--out", str(tmp_path / "three.txt")]
+    assert "3 rows" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert len(load_prompts(tmp_path / "three.txt", "train")) == 3
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("geneval --out taken.jsonl", "error: taken.jsonl exists; move it away or choose another name"),
-        ("geneval --out rows.txt", "error: --out is rows.txt; geneval prompts go into a .jsonl file$"),
-        ("ocr --out rows.csv", "error: --out is rows.csv; ocr prompts go into a .jsonl file or a .txt file"),
+        (
+            "geneval --count 99 --out rows.txt",
+            "rows.txt; rows of geneval also hold exclude, include, tag; write a .jsonl file$",
+        ),
+        ("ocr --out rows.csv", "error: --out is rows.csv; write a .jsonl file or a .txt file$"),
         ("ocr --count 0 --out x.txt", "error: --count is 0; it must be at least 1"),
         ("geneval --split test --seed 1 --out x.jsonl", "test set is what it is; leave out --seed and --exclude"),
+        ("tiny-words --seed 1 --out x.jsonl", "error: tiny-words has no --seed; leave it out"),
+        ("tiny-word --out x.jsonl", "error: unknown source of prompts 'tiny-word': use one of geneval, ocr, tiny-"),
         ("geneval --exclude absent.jsonl --out x.jsonl", "error: prompt file absent.jsonl does not exist"),
         ("geneval --count 5 --out no/folder.jsonl", "error: --out is no/folder.jsonl; the folder no does not exist"),
     ],

@@ -3,23 +3,13 @@ import hashlib
 import json
 import os
 import pickle
+import sys
 from collections import Counter
 
 import pytest
-import torch
-from torch.testing import assert_close
 
-from vgpo.flow import ode_sample
-from vgpo.prompts.files import (
-    MAX_CHARACTERS,
-    TASK_WEIGHTS,
-    WORLDS,
-    check_rows,
-    epoch_prompts,
-    generator,
-    load_prompts,
-    sample_noise,
-)
+from vgpo.prompts.files import MAX_CHARACTERS, PromptsConfig, check_rows, load_prompts, prompt_sources
+from vgpo.prompts.tiny import TASK_WEIGHTS
 from vgpo.rewards.geneval import TAGS, check_row
 from vgpo.rewards.ocr import normalize, target_text
 
@@ -28,6 +18,10 @@ needs_files = pytest.mark.skipif(not real, reason="VGPO_PROMPTS does not name th
 
 
 DIGESTS = {
+    ("geneval", "train"): "2dac2b9c61ef0df8",
+    ("geneval", "test"): "58cd5313ac41f1e3",
+    ("ocr", "train"): "a3dde8400974ebc3",
+    ("ocr", "test"): "85844881301a88a8",
     ("tiny-scenes", "train"): "864b583cedf76b25",
     ("tiny-scenes", "test"): "0973231f53374f54",
     ("tiny-words", "train"): "374df5daf3a3c1b2",
@@ -46,17 +40,23 @@ class GenEvalRows:
     check_row = staticmethod(check_row)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_worlds_are_seeded_and_their_splits_disjoint(world):
-    train, test = load_prompts(world, "train"), load_prompts(world, "test")
+@pytest.mark.parametrize("source", prompt_sources())
+def test_sources_are_seeded_and_their_splits_disjoint(source):
+    train, test = load_prompts(source, "train"), load_prompts(source, "test")
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
-    assert len(train) == len(test) == 3000
-    assert load_prompts(world, "train") == train
+    assert load_prompts(source, "train") == train
     for count in (1, 500, 528, 4001):
-        rows = load_prompts(world, "test", count)
+        rows = load_prompts(source, "test", count)
         assert len(rows) == count and rows[:500] == test[: min(count, 500)]
-    unique = load_prompts(world, "test", unique=True)
-    assert len({row["prompt"] for row in unique}) == len(unique) < 3000
+        assert rows[-1].where == f"{source}, row {count}"
+    unique = load_prompts(source, "test", unique=True)
+    assert len({row["prompt"] for row in unique}) == len(unique) <= len(test)
+
+
+def test_the_tiny_sources_have_as_many_rows_of_both_splits():
+    for source in ("tiny-scenes", "tiny-words"):
+        train, test = load_prompts(source, "train"), load_prompts(source, "test")
+        assert len(train) == len(test) == 3000 > len(load_prompts(source, "test", unique=True))
 
 
 def test_held_out_words_never_occur_in_training():
@@ -69,14 +69,64 @@ def test_the_held_out_scenes_have_equal_shares_of_tasks():
     assert {tag: tags.count(tag) for tag in TASK_WEIGHTS} == dict.fromkeys(TASK_WEIGHTS, 88)
 
 
-def test_the_worlds_rows_are_pinned():
+def test_the_rows_of_sources_are_pinned():
     "Runs of the past stay repeatable only if these never change; nor may they depend on Python's randomised hashes."
     digests = {
-        (world, split): hashlib.sha256(json.dumps(load_prompts(world, split)).encode()).hexdigest()[:16]
-        for world in WORLDS
+        (source, split): hashlib.sha256(json.dumps(load_prompts(source, split)).encode()).hexdigest()[:16]
+        for source in prompt_sources()
         for split in ("train", "test")
     }
     assert digests == DIGESTS
+
+
+def my_rows(split, count=None):
+    return [{"prompt": f"{split} {n}", "n": n} for n in range(count or 3)]
+
+
+def no_rows(split, count=None):
+    return []
+
+
+def bad_rows(split, count=None):
+    return [{"prompt": "a cat"}, {"prompt": ""}]
+
+
+def test_an_importable_function_is_a_source():
+    rows = load_prompts(f"{__name__}:my_rows", "test")
+    assert rows == my_rows("test") and rows[2].where == f"{__name__}:my_rows, row 3"
+    assert load_prompts(f"{__name__}:my_rows", "train", 5) == my_rows("train", 5)
+    for name, message in (
+        ("no_rows", "test_prompts:no_rows makes no train prompts"),
+        ("bad_rows", "test_prompts:bad_rows, row 2: a row is an object with a non-empty string under `prompt`"),
+        (
+            "absent",
+            "'test_prompts:absent' cannot be imported .*; use an importable 'module:function'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_prompts(f"{__name__}:{name}", "train")
+    with pytest.raises(ValueError, match="'absent:rows' cannot be imported .No module named 'absent'."):
+        load_prompts("absent:rows", "train")
+
+
+def test_a_source_in_the_package_is_found_by_its_name_alone(tmp_path, monkeypatch):
+    "A new module in vgpo.prompts is all that a new source takes."
+    import vgpo.prompts
+
+    source = (
+        'from vgpo.prompts.files import prompt_source\n@prompt_source("mine")\ndef f(split, count=None):\n    return '
+    )
+    (tmp_path / "mine.py").write_text(source + '[{"prompt": split}]\n')
+    monkeypatch.setattr("vgpo.prompts.files.SOURCES", prompt_sources())
+    monkeypatch.setattr(vgpo.prompts, "__path__", [*vgpo.prompts.__path__, str(tmp_path)])
+    with pytest.raises(FileNotFoundError):
+        load_prompts("yours", "test")
+    assert load_prompts("mine", "test") == [{"prompt": "test"}]
+    del sys.modules["vgpo.prompts.mine"]
+
+
+def test_the_default_prompts_are_a_source():
+    assert {PromptsConfig().train, PromptsConfig().test} <= set(prompt_sources())
 
 
 def test_text_files(tmp_path):
@@ -114,7 +164,7 @@ def test_of_equal_prompts_the_first_is_kept(tmp_path):
     assert len(load_prompts(file, "test", count=2, unique=True)) == 2
 
 
-def test_jsonl_files_keep_what_the_judge_needs(tmp_path):
+def test_jsonl_files_keep_what_the_reward_needs(tmp_path):
     rows = [
         {"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "two benches"},
         {"prompt": "line\u2028separator", "negative_prompt": "blur", "mine": [1, {"a": None}]},
@@ -137,14 +187,14 @@ def test_jsonl_files_keep_what_the_judge_needs(tmp_path):
         (b'{"text": "a cat"}\n', "bad.jsonl, line 1: a row is an object"),
         (b'{"prompt": 3}\n', "bad.jsonl, line 1: a row is an object"),
         (b'{"prompt": " "}\n', "bad.jsonl, line 1: a row is an object"),
-        (b" \n\n", "bad.jsonl holds no prompt; write one a line"),
+        (b" \n\n", "bad.jsonl holds no prompt; write one per line"),
         (b'{"prompt": "a"}\n' * 2000 + b"b\xe4r\n", r"bad.jsonl, line 2001: not UTF-8 \(.*\); convert the file"),
         ('{"prompt": "a"}'.encode("utf-16"), r"bad.jsonl, line 1: not UTF-8 \(.*\); convert the file"),
         (b'{"prompt": "a\\u0000b"}\n', r"bad.jsonl, line 1: `prompt` holds '\\x00', which is not text"),
         (b'{"prompt": "a\\ud800b"}\n', r"bad.jsonl, line 1: `prompt` holds '\\ud800', which is not text"),
         (
             b'{"prompt": "' + b"x" * 10_001 + b'"}',
-            "line 1: `prompt` has 10001 characters; write one prompt a line, of 10",
+            "line 1: `prompt` has 10001 characters; write one prompt per line, of 10",
         ),
         (b'{"prompt": "a", "negative_prompt": 3}', "line 1: `negative_prompt` must be a string, not 3"),
         (b'{"prompt": "a", "n": ' + b"1" * 5000 + b"}", "bad.jsonl, line 1: not a row"),
@@ -152,6 +202,10 @@ def test_jsonl_files_keep_what_the_judge_needs(tmp_path):
         (
             b'{"prompt": "a"}\n{"tag": "counting", "include": [{"class": "cat", "count": 0}], "prompt": "no cats"}',
             "bad.jsonl, line 2: GenEval row with prompt 'no cats': 'count' must be a whole number",
+        ),
+        (
+            b'{"prompt": "x", "tag": "colors", "include": []}',
+            "bad.jsonl, line 1: GenEval row with prompt 'x': 'include' must be a list of at least one clause",
         ),
         (
             b'{"tag": "position", "include": [{"class": "a", "count": 1, "position": ["near", 0]}], "prompt": "a cat"}',
@@ -171,8 +225,11 @@ def test_bad_files(tmp_path, text, message):
     [
         ("a cat\nb\0ar\n", r"bad.txt, line 2: `prompt` holds '\\x00', which is not text; save the file as UTF-8 text"),
         ('\n{"prompt": "a cat"}\n', "bad.txt, line 2: a JSON object; name such a file .jsonl"),
-        ("a cat " * 2000, "bad.txt, line 1: `prompt` has 11999 characters; write one prompt a line, of 10000 at most"),
-        ("\ufeff\n", "bad.txt holds no prompt; write one a line"),
+        (
+            "a cat " * 2000,
+            "bad.txt, line 1: `prompt` has 11999 characters; write one prompt per line, of 10000 at m",
+        ),
+        ("\ufeff\n", "bad.txt holds no prompt; write one per line"),
     ],
 )
 def test_bad_text_files(tmp_path, text, message):
@@ -181,7 +238,7 @@ def test_bad_text_files(tmp_path, text, message):
         load_prompts(str(tmp_path / "bad.txt"), "train")
 
 
-def test_rows_that_a_reward_cannot_judge_name_file_and_line(tmp_path):
+def test_rows_that_a_reward_cannot_score_name_file_and_line(tmp_path):
     (tmp_path / "ocr.txt").write_text("a mug that says \"TEA\"\n\na mug that says “TEA”\na mug that says 'TEA'")
     rows = load_prompts(tmp_path / "ocr.txt", "train")
     assert check_rows(rows, reward=object()) is rows  # a reward that declares nothing takes any row
@@ -195,11 +252,11 @@ def test_rows_that_a_reward_cannot_judge_name_file_and_line(tmp_path):
         check_rows([{"prompt": "a mug", "target": "TEA"}, {"prompt": "a mug"}], OCRRows())
 
 
-def test_every_source_suits_its_reward():
+@pytest.mark.parametrize("source", prompt_sources())
+def test_every_source_suits_its_reward(source):
     for split in ("train", "test"):
-        for source, reward in (("geneval", GenEvalRows()), ("tiny-scenes", GenEvalRows()), ("ocr", OCRRows()),
-                               ("tiny-words", OCRRows())):  # fmt: skip
-            assert len(check_rows(load_prompts(source, split, 300), reward)) == 300
+        rows = load_prompts(source, split, 300)
+        assert len(check_rows(rows, GenEvalRows() if "include" in rows[0] else OCRRows())) == 300
 
 
 def test_a_negative_prompt_that_nobody_reads_stops_a_run(tmp_path):
@@ -212,53 +269,12 @@ def test_a_negative_prompt_that_nobody_reads_stops_a_run(tmp_path):
 
 
 def test_bad_sources(tmp_path):
-    known = "does not exist; give a file or one of tiny-scenes, tiny-words, geneval, ocr"
+    known = "does not exist; give a file or one of " + ", ".join(prompt_sources())
     for source in ("tiny-scene", str(tmp_path)):
         with pytest.raises(FileNotFoundError, match=known):
             load_prompts(source, "train")
     with pytest.raises(ValueError, match="split is 'val'; it must be 'train' or 'test'"):
         load_prompts("tiny-scenes", "val")
-
-
-def test_epoch_prompts_are_a_function_of_seed_and_epoch():
-    picks = {(s, e): epoch_prompts(50, 8, s, e) for s in range(4) for e in range(25)}
-    assert all(len(set(pick)) == 8 and set(pick) <= set(range(50)) for pick in picks.values())
-    assert len({tuple(pick) for pick in picks.values()}) == 100
-    assert epoch_prompts(50, 8, 3, 7) == picks[3, 7]
-    assert sorted(epoch_prompts(5, 5, 0, 0)) == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="sampling.groups is 6, but there are only 5 prompts"):
-        epoch_prompts(5, 6, 0, 0)
-
-
-def test_noise_is_a_function_of_its_key_alone():
-    wanted = sample_noise((3, 4), 1, 23, 4, 5)
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    assert torch.equal(sample_noise((3, 4), 1, 23, 4, 5), wanted)
-    assert torch.equal(torch.get_rng_state(), state)
-    others = [(12, 3, 4, 5), (1, 2, 34, 5), (1, 23, 45, 0), (1, 23, 5, 4), (2, 23, 4, 5), (1, "evaluation", 4, 5)]
-    assert not any(torch.equal(sample_noise((3, 4), *key), wanted) for key in others)
-
-
-def test_noise_is_pinned():
-    "Runs of the past stay repeatable only if these numbers never change."
-    assert generator("noise", 0, 0, 0, 0).initial_seed() == 0xC75D3716838242
-    wanted = torch.tensor([-0.2331, -2.0637, -1.7135])
-    assert_close(sample_noise((3,), 0, 0, 0, 0), wanted, atol=1e-4, rtol=0)
-
-
-def test_images_do_not_depend_on_the_batch_size(policy):
-    prompts = ["a photo of two red circles", "a photo of a blue cross", 'a red sign that says "CAT"']
-    noise = torch.stack([sample_noise(policy.latent_shape, 0, 0, i, 0) for i in range(3)])
-
-    def draw(rows):
-        condition = policy.encode([prompts[i] for i in rows])
-        with torch.no_grad():
-            return ode_sample(lambda x, sigma: policy.velocity(x, sigma, condition), noise[rows], policy.sigmas(5))
-
-    together = draw([0, 1, 2])
-    assert_close(torch.cat([draw([0]), draw([1]), draw([2])]), together, atol=1e-5, rtol=0)
-    assert_close(draw([2, 0]), together[[2, 0]], atol=1e-5, rtol=0)
 
 
 @needs_files

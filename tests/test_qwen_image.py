@@ -7,7 +7,9 @@ from tiny_pipelines import SIGMA, UNEVEN, changed_by_company, check_adapters, ti
 from torch.testing import assert_close
 
 from vgpo.flow import interpolate, shifted_sigmas
-from vgpo.policies.qwen_image import QwenImagePolicy, decode_frame, keep_length, read_layers
+from vgpo.policies.loading import ModelConfig
+from vgpo.policies.lora import used_layers
+from vgpo.policies.qwen_image import QwenImagePolicy, decode_frame, keep_length
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,7 @@ def pipe():
 @pytest.fixture(scope="module")
 def policy(pipe):
     "Without adapters; not to be changed."
-    return QwenImagePolicy(pipe, resolution=32)
+    return QwenImagePolicy(pipe, ModelConfig(resolution=32))
 
 
 @pytest.fixture
@@ -27,9 +29,9 @@ def noise():
 
 
 def test_prompts_do_not_notice_their_company(policy, noise):
-    condition = policy.encode(UNEVEN)
-    lengths = condition.mask.sum(1).tolist()
-    assert lengths[2] == 5 < lengths[0] < lengths[1] == condition.text.shape[1]  # five tokens of template, at least
+    embeds = policy.encode(UNEVEN)
+    lengths = embeds.mask.sum(1).tolist()
+    assert lengths[2] == 5 < lengths[0] < lengths[1] == embeds.text.shape[1]  # five tokens of template, at least
     told, untold = changed_by_company(policy, noise)
     assert told.max() < 1e-5
     assert (untold > 1e-5).tolist() == [True, False, True]  # without a mask, padding is read; the longest has none
@@ -72,17 +74,17 @@ def test_guidance_turns_tokens_and_keeps_their_length(policy, noise, scale):
 
 
 def test_the_gradient_of_guidance(noise):
-    policy = QwenImagePolicy(tiny_qwen_image(), resolution=32)
+    policy = QwenImagePolicy(tiny_qwen_image(), ModelConfig(resolution=32))
     policy.add_lora(rank=2, alpha=4)
     for p in policy.parameters():
         p.data.normal_(std=0.2, generator=torch.Generator().manual_seed(len(p)))
-    condition = policy.encode(UNEVEN)
+    embeds = policy.encode(UNEVEN)
 
     def gradient(f):
         found = torch.autograd.grad(f, policy.parameters(), retain_graph=True)
         return torch.cat([g.flatten() for g in found])
 
-    conditional = policy.predict(noise, SIGMA, condition)
+    conditional = policy.predict(noise, SIGMA, embeds)
     empty = policy.predict(noise, SIGMA, policy.encode([""]).expand(3))
     v, u = tokens(conditional), tokens(empty)
 
@@ -91,7 +93,7 @@ def test_the_gradient_of_guidance(noise):
         return plain * v.norm(dim=-1, keepdim=True) / plain.norm(dim=-1, keepdim=True)
 
     constant, through = (gradient((f * tokens(noise)).sum()) for f in (guided(u.detach()), guided(u)))
-    ours = gradient((policy.velocity(noise, SIGMA, condition, 4.0) * noise).sum())
+    ours = gradient((policy.velocity(noise, SIGMA, embeds, 4.0) * noise).sum())
     assert_close(ours, constant, rtol=1e-3, atol=1e-4 * float(constant.abs().max()))
     assert (ours - through).abs().max() > 1e-2 * constant.abs().max()
 
@@ -116,8 +118,8 @@ def schedule(steps, mu, terminal):
 
 @pytest.mark.parametrize(("resolution", "image_tokens"), [(16, 4), (32, 16), (64, 64)])
 def test_the_schedule_depends_on_the_resolution(pipe, resolution, image_tokens):
-    policy = QwenImagePolicy(pipe, resolution=resolution)
-    assert policy.latent_shape == (4, resolution // 4, resolution // 4) and policy.tokens == image_tokens
+    policy = QwenImagePolicy(pipe, ModelConfig(resolution=resolution))
+    assert policy.latent_shape == (4, resolution // 4, resolution // 4) and policy.image_tokens == image_tokens
     mu = 0.5 + 0.4 * (image_tokens - 4) / 60
     for steps in (2, 7, 30):
         assert_close(policy.sigmas(steps), schedule(steps, mu, 0.02), atol=1e-6, rtol=0)
@@ -128,35 +130,35 @@ def test_one_step(policy):
         policy.sigmas(1)
     free = tiny_qwen_image()  # as distilled variants have it
     free.scheduler = type(free.scheduler).from_config(free.scheduler.config, shift_terminal=None)
-    assert_close(QwenImagePolicy(free, resolution=32).sigmas(1), torch.tensor([1.0, 0.0]))
+    assert_close(QwenImagePolicy(free, ModelConfig(resolution=32)).sigmas(1), torch.tensor([1.0, 0.0]))
 
 
-def test_geometry_and_drafts(pipe):
+def test_latents_and_tiny_vaes(pipe):
     assert QwenImagePolicy(pipe).latent_shape == (4, 128, 128)  # what the pipeline draws if it is not told a size
     with pytest.raises(ValueError, match="resolution is 20; .* multiple of 8"):
-        QwenImagePolicy(pipe, resolution=20)
-    policy = QwenImagePolicy(pipe, resolution=32)
-    with pytest.raises(ValueError, match="no AutoencoderTiny.*leave model.draft_decoder unset"):
-        policy.add_draft(pipe.vae)
+        QwenImagePolicy(pipe, ModelConfig(resolution=20))
+    policy = QwenImagePolicy(pipe, ModelConfig(resolution=32))
+    with pytest.raises(ValueError, match="no AutoencoderTiny.*leave model.tiny_vae unset"):
+        policy.add_tiny_vae(pipe.vae)
     assert policy.decode_steps(torch.randn(1, 2, 4, 8, 8)).shape == (2, 32, 32, 3)
 
 
 def test_long_prompts_are_cut_as_the_pipeline_cuts_them(pipe):
-    policy = QwenImagePolicy(pipe, resolution=32, max_sequence_length=10)
+    policy = QwenImagePolicy(pipe, ModelConfig(resolution=32, max_sequence_length=10))
     with torch.no_grad():
         text, mask = pipe.encode_prompt(UNEVEN, max_sequence_length=10)
-    condition = policy.encode(UNEVEN)
-    assert condition.text.shape == (3, 10, 32) and torch.equal(condition.mask, mask.bool())
-    assert_close(condition.text, text, atol=1e-5, rtol=0)
+    embeds = policy.encode(UNEVEN)
+    assert embeds.text.shape == (3, 10, 32) and torch.equal(embeds.mask, mask.bool())
+    assert_close(embeds.text, text, atol=1e-5, rtol=0)
 
 
 def test_every_adapter_learns(noise):
-    policy = QwenImagePolicy(tiny_qwen_image(), resolution=32)
+    policy = QwenImagePolicy(tiny_qwen_image(), ModelConfig(resolution=32))
     check_adapters(policy, interpolate(torch.zeros_like(noise), noise, SIGMA), 12 + 8)  # the last block lacks four
 
 
 def test_nothing_depends_on_what_is_not_trained(noise):
-    policy = QwenImagePolicy(tiny_qwen_image(), resolution=32)
+    policy = QwenImagePolicy(tiny_qwen_image(), ModelConfig(resolution=32))
     policy.full_finetune()
     velocity, frozen = policy.velocity(noise, SIGMA, policy.encode(UNEVEN)), []
     for name, p in policy.network.named_parameters():
@@ -168,7 +170,8 @@ def test_nothing_depends_on_what_is_not_trained(noise):
 
 
 def test_targets_are_named_in_full(policy):
-    names = read_layers(policy.network, ("attn.to_q", "txt_mlp.net.2", "proj_out"))
+    unused = policy.unused_parameters()
+    names = used_layers(policy.network, ("attn.to_q", "txt_mlp.net.2", "proj_out"), unused)
     assert names == [
         "transformer_blocks.0.attn.to_q", "transformer_blocks.0.txt_mlp.net.2", "transformer_blocks.1.attn.to_q",
         "proj_out"]  # fmt: skip

@@ -2,12 +2,13 @@ import math
 
 import pytest
 import torch
+from plug_classes import plug_classes
 from torch import nn
 from torch.testing import assert_close
 
 from vgpo.flow import ode_sample, predict_clean, shifted_sigmas
-from vgpo.rollout import replay, rollout
-from vgpo.sde import DanceSDE, FlowCPS, FlowSDE
+from vgpo.rollout import clean_at, replay, rollout
+from vgpo.sde import DanceSDE, FlowCPS, FlowSDE, Sampler
 from vgpo.toy import GaussianMixture
 
 MIXTURE, SIGMAS = GaussianMixture.ring(), shifted_sigmas(6)
@@ -34,9 +35,9 @@ def test_one_network_call_a_step_at_the_schedules_sigmas(noise, generator):
     assert seen == SIGMAS[:-1].tolist()
 
 
-@pytest.mark.parametrize("sampler", [FlowSDE(0.7), DanceSDE(0.3), FlowCPS(0.7)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("sampler", plug_classes(Sampler))
 def test_columns_belong_to_steps(sampler, noise, generator):
-    path = rollout(MIXTURE.velocity, noise, SIGMAS, sampler, generator=generator)
+    path = rollout(MIXTURE.velocity, noise, SIGMAS, sampler(), generator=generator)
     assert path.latents.shape == (32, 7, 2) and path.log_probs.shape == (32, 6) and path.clean.shape == (32, 6, 2)
     assert torch.equal(path.latents[:, 0], noise)
     for j in range(6):
@@ -44,6 +45,18 @@ def test_columns_belong_to_steps(sampler, noise, generator):
         assert_close(path.clean[:, j], predict_clean(x, MIXTURE.velocity(x, SIGMAS[j + 1]), SIGMAS[j + 1]))
     assert path.log_probs.isfinite().all()
     assert path.group.dtype == torch.int64
+
+
+@pytest.mark.parametrize("states", [range(7), [6], [0], [2, 6, 0, 6]])
+def test_clean_estimates_of_states_count_from_the_noise(states, noise, generator):
+    path = rollout(MIXTURE.velocity, noise, SIGMAS, FlowSDE(), generator=generator)
+    found = clean_at(path, states)
+    assert found.shape == (32, len(states), 2)
+    for column, s in zip(found.unbind(1), states, strict=True):
+        x = path.latents[:, s]
+        assert_close(column, predict_clean(x, MIXTURE.velocity(x, SIGMAS[s]), SIGMAS[s]))
+    assert torch.equal(clean_at(path, range(1, 7)), path.clean)
+    assert torch.equal(clean_at(path, [6])[:, 0], path.latents[:, -1])
 
 
 def test_last_step_of_cps_is_deterministic_and_has_log_prob_0(noise, generator):

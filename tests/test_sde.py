@@ -4,14 +4,16 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from plug_classes import plug_classes
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.testing import assert_close
 
 from vgpo.flow import ode_sample, shifted_sigmas
-from vgpo.sde import DanceSDE, FlowCPS, FlowSDE, Transition, sde_step
+from vgpo.sde import DanceSDE, FlowCPS, FlowSDE, Sampler, Transition, sde_step
 from vgpo.toy import GaussianMixture, ks_threshold, sliced_ks
+from vgpo.windows import Leading, Random
 
-SAMPLERS = [FlowSDE, DanceSDE, FlowCPS]
+SAMPLERS = plug_classes(Sampler)
 
 
 @pytest.fixture
@@ -138,6 +140,21 @@ def test_every_step_is_finite_in_float32(sampler, sigmas, generator):
             assert step.std == 0
         else:
             assert step.log_prob(x).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [2, 10])
+def test_a_window_with_a_step_without_noise_is_refused_by_the_sampler(sampler, steps):
+    one, sigmas = torch.ones(1, 1), shifted_sigmas(steps)
+    noisy = [bool(sampler().transition(one, one, *pair, sigmas[1]).std > 0) for pair in pairwise(sigmas)]
+    for size in range(1, steps + 1):
+        for window in (Leading(size), Random(size, stop=max(size, steps - 1)), Random(size, stop=steps, per="group")):
+            reach = torch.stack([window.mask(steps, 0, epoch, [0])[0] for epoch in range(200)]).any(0)
+            if reach[~torch.tensor(noisy)].any():
+                with pytest.raises(ValueError, match=f"{sampler.__name__} .* lower window.size"):
+                    sampler().check(window, steps)
+            else:
+                sampler().check(window, steps)
 
 
 @pytest.mark.parametrize("start", [1.0, 1.0 - 6e-8, 1.0 + 1.2e-7])

@@ -1,10 +1,14 @@
 "The table of several seeds: finished runs are kept, begun ones resumed, others started."
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
-from vgpo import seeds
+spec = importlib.util.spec_from_file_location("seeds", Path(__file__).parent.parent / "benchmarks" / "seeds.py")
+seeds = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(seeds)
 
 
 def result(after):
@@ -28,7 +32,7 @@ def test_finished_runs_are_kept_begun_ones_resumed_and_others_started(tmp_path, 
     monkeypatch.setattr(seeds.subprocess, "run", train)
     seeds.main(["--recipe", "tiny-ocr", "--output", str(tmp_path), "--epochs=2"])
     assert calls[0] == ["--resume", str(tmp_path / "tiny-ocr-1")]
-    start = ["--recipe", "tiny-ocr", "--seed=2", f"--output={tmp_path}", "--name=tiny-ocr-2", "--epochs=2"]
+    start = ["--recipe", "tiny-ocr", "--seed=2", f"--output_dir={tmp_path}", "--name=tiny-ocr-2", "--epochs=2"]
     assert calls[1:] == [start]
     assert "change +0.200, from +0.100 to +0.300" in capsys.readouterr().out
 

@@ -129,7 +129,7 @@ def randomize(module, std, seed=1):
 
 
 def tiny_qwen_image():
-    "A QwenImagePipeline for pictures of 32 pixels a side: latents (4, 8, 8), 16 image tokens, about 320,000 weights."
+    "A QwenImagePipeline for images of 32 pixels a side: latents (4, 8, 8), 16 image tokens, about 320,000 weights."
     from diffusers import (
         AutoencoderKLQwenImage,
         FlowMatchEulerDiscreteScheduler,
@@ -163,7 +163,7 @@ def tiny_qwen_image():
 
 
 def tiny_z_image():
-    "A ZImagePipeline for pictures of 32 pixels a side: latents (4, 16, 16), 64 image tokens, about 450,000 weights."
+    "A ZImagePipeline for images of 32 pixels a side: latents (4, 16, 16), 64 image tokens, about 450,000 weights."
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
@@ -195,13 +195,13 @@ UNEVEN = ["CAT", 'a blue sign that says "CAT" on a very tall pole in the rain', 
 
 def changed_by_company(policy, noise):
     "How far the velocity of each UNEVEN prompt in a batch is from that alone; the same if padding is taken for words."
-    condition = policy.encode(UNEVEN)
-    untold = condition._replace(mask=torch.ones_like(condition.mask))
+    embeds = policy.encode(UNEVEN)
+    untold = embeds._replace(mask=torch.ones_like(embeds.mask))
     with torch.no_grad():
         alone = torch.cat(
             [policy.velocity(x[None], SIGMA, policy.encode([p])) for x, p in zip(noise, UNEVEN, strict=True)]
         )
-        return [(policy.velocity(noise, SIGMA, c) - alone).abs().amax((1, 2, 3)) for c in (condition, untold)]
+        return [(policy.velocity(noise, SIGMA, c) - alone).abs().amax((1, 2, 3)) for c in (embeds, untold)]
 
 
 def check_adapters(policy, x, count):

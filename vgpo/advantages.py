@@ -20,30 +20,31 @@ def check_rewards(name, values, group):
         raise ValueError(f"{name} has NaN or infinity in rows {rows[:5]}; check the reward function")
 
 # %% ../nbs/credit/11_grpo.ipynb #c008
-def group_stats(values, group, std="group"):
+def group_stats(values, group, scale_rewards="group"):
     """Mean and population std of `values` (B, …) within each group of ids (B,), in float64, repeated for every row.
 
-    Two tensors (B, …). The std of float32 values that are all equal is exactly 0. `std="global"` takes the std over
-    all rows, as Flow-GRPO offers; the mean stays that of the group. Raises ValueError for another `std`.
+    Two tensors (B, …). The std of float32 values that are all equal is exactly 0. `scale_rewards="batch"` takes the std over
+    all rows, as Flow-GRPO offers; the mean stays that of the group. Raises ValueError for another `scale_rewards`.
     """
-    if std not in ("group", "global"): raise ValueError(f"std must be 'group' or 'global', got {std!r}")
+    if scale_rewards not in ("group", "batch"):
+        raise ValueError(f"scale_rewards must be 'group' or 'batch', got {scale_rewards!r}")
     values = values.double()
     ids, inverse, counts = torch.unique(group, return_inverse=True, return_counts=True)
     counts = counts.reshape(-1, *[1] * (values.ndim - 1))
     def mean(v): return (v.new_zeros(len(ids), *v.shape[1:]).index_add_(0, inverse, v) / counts)[inverse]
     center = mean(values)
-    if std == "global": return center, values.std(0, correction=0).expand_as(values)
+    if scale_rewards == "batch": return center, values.std(0, correction=0).expand_as(values)
     return center, mean((values - center).square()).sqrt()
 
 # %% ../nbs/credit/11_grpo.ipynb #c009
-def group_relative(rewards, group, eps=1e-4, std="group"):
+def group_relative(rewards, group, eps=1e-4, scale_rewards="group"):
     """GRPO's advantages (B,): (R - mean_G R) / (std_G R + eps), from terminal rewards (B,) and group ids (B,).
 
-    `std="global"` divides by the std of the whole batch, as Flow-GRPO offers. The advantages of a group sum to 0, and
-    are all 0 where its rewards are equal. Raises ValueError on NaN, float ids, shapes that do not fit, another `std`.
+    `scale_rewards="batch"` divides by the std of the whole batch, as Flow-GRPO offers. The advantages of a group sum to 0, and
+    are all 0 where its rewards are equal. Raises ValueError on NaN, float ids, shapes that do not fit, another `scale_rewards`.
     """
     check_rewards("rewards", rewards, group)
-    center, spread = group_stats(rewards, group, std)
+    center, spread = group_stats(rewards, group, scale_rewards)
     return ((rewards - center) / (spread + eps)).to(rewards.dtype)
 
 # %% ../nbs/credit/13_adae.ipynb #c005
@@ -62,15 +63,15 @@ def anchored(relative, values, anchor=0.05, anchor_steps=5):
     return (weights * (relative + anchor * active * values)).to(weights.dtype)
 
 
-def value_anchored(values, group, anchor=0.05, anchor_steps=5, eps=1e-4, std="group"):
+def value_anchored(values, group, anchor=0.05, anchor_steps=5, eps=1e-4, scale_rewards="group"):
     """VGPO's advantages (B, T): omega * ((Q - mean_G Q) / (std_G Q + eps) + k Q), from values Q (B, T) and ids (B,).
 
     `anchor` is the paper's k; the absolute term acts in the first `anchor_steps` columns only. The relative term is
-    0 in a group without spread. `std="global"` divides each column by its std over all groups. Raises ValueError for
+    0 in a group without spread. `scale_rewards="batch"` divides each column by its std over all groups. Raises ValueError for
     values that are negative, NaN or not (B, T), for float group ids and for a negative k. Source: VGPO paper, ADAE, in
     a form free of 0/0.
     """
     check_rewards("values", values, group)
-    center, spread = group_stats(values, group, std)
+    center, spread = group_stats(values, group, scale_rewards)
     relative = torch.where(spread > 0, (values - center) / (spread + eps), 0.0)
     return anchored(relative, values, anchor, anchor_steps)

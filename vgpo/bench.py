@@ -24,7 +24,7 @@ import torch
 
 import vgpo.train
 from .config import parse_config
-from .policies.base import quiet
+from .policies.loading import quiet
 from .rewards.base import RewardError
 from .runs.session import Run, clock
 from .train import TrainingError, sample, train_epoch
@@ -42,7 +42,7 @@ def bare_forwards(run, batches, calls):
     started = now(run.device)
     for batch in batches:
         x = batch.path.latents[:, 0].contiguous()
-        for _ in range(calls): run.policy.predict(x, run.sigmas[0], batch.condition)
+        for _ in range(calls): run.policy.predict(x, run.sigmas[0], batch.embeds)
     return now(run.device) - started
 
 # %% ../nbs/practice/85_bench.ipynb #c008

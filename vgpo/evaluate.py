@@ -21,7 +21,7 @@ from tqdm.auto import trange
 from .config import parse_config
 from .flow import ode_sample
 from .policies.base import load_policy
-from .prompts.files import sample_noise
+from .noise import sample_noise
 from .rewards.base import Scores, score
 
 # %% ../nbs/evaluation/60_statistics.ipynb #c006
@@ -32,12 +32,12 @@ def generate_images(policy, prompts, noise, steps=20, guidance_scale=1.0, batch_
     end it. Raises ValueError unless there is a noise for each prompt.
     """
     if len(prompts) != len(noise): raise ValueError(f"{len(prompts)} prompts but {len(noise)} noises: give one a prompt")
-    policy.prepare(prompts)
+    policy.precompute(prompts)
     sigmas, images = policy.sigmas(steps).to(policy.device), []
     for i in trange(0, len(prompts), batch_size, desc=progress, disable=progress is None or None, leave=False):
         if proceed: proceed()
-        condition = policy.encode(prompts[i : i + batch_size])
-        velocity = partial(policy.velocity, condition=condition, guidance_scale=guidance_scale)
+        embeds = policy.encode(prompts[i : i + batch_size])
+        velocity = partial(policy.velocity, embeds=embeds, guidance_scale=guidance_scale)
         latents = ode_sample(velocity, noise[i : i + batch_size].to(policy.device), sigmas)
         images.append(policy.decode(latents))
     return np.concatenate(images)
@@ -45,10 +45,7 @@ def generate_images(policy, prompts, noise, steps=20, guidance_scale=1.0, batch_
 # %% ../nbs/evaluation/60_statistics.ipynb #c008
 def make_policy(config, device="cpu"):
     "The policy that a ModelConfig describes, without adapters."
-    names = ("revision", "resolution", "max_sequence_length", "embedded_guidance", "free_text_encoders",
-             "embedding_cache", "draft_decoder", "vae_tiling", "vae_slicing")
-    settings = {name: getattr(config, name) for name in names}
-    return load_policy(config.path, getattr(torch, config.dtype), device, **settings)
+    return load_policy(config, device)
 
 
 def weights_folder(run, model):

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .evaluate import check_at_least, generate_images, load_run, open_model, pick_device
 from .plots import image_grid
-from .policies.base import quiet
+from .policies.loading import quiet
 
 # %% ../nbs/practice/83_generate.ipynb #c006
 def seeded_noise(shape, seed, count):

@@ -25,7 +25,7 @@ def check_surrogate(log_prob, old_log_prob, advantages, clip_range):
 def clipped_surrogate(log_prob, old_log_prob, advantages, clip_range):
     """PPO's loss to minimise, -mean min(ratio A, clip(ratio, 1 ± clip_range) A), over tensors of one shape.
 
-    PPO (arXiv:1707.06347), Eq. 7. Returns (loss, stats); stats holds ratio_dev (mean |ratio - 1|), clip_frac (share
+    PPO (arXiv:1707.06347), Eq. 7. Returns (loss, stats); stats holds ratio/abs_dev_mean (mean |ratio - 1|), clip_ratio (share
     of ratios outside the range) and approx_kl (mean of ratio - 1 - log ratio), detached. Raises ValueError where
     shapes differ, the old values carry a gradient, or clip_range is not positive and finite.
     """
@@ -36,7 +36,7 @@ def clipped_surrogate(log_prob, old_log_prob, advantages, clip_range):
     loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     with torch.no_grad():
         deviation = (ratio - 1).abs()
-        stats = {"ratio_dev": deviation.mean(), "clip_frac": (deviation > clip_range).float().mean(),
+        stats = {"ratio/abs_dev_mean": deviation.mean(), "clip_ratio": (deviation > clip_range).float().mean(),
                  "approx_kl": (ratio - 1 - log_ratio).mean()}
     return loss, stats
 

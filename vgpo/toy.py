@@ -150,7 +150,7 @@ def toy_kl(policy, path):
 # %% ../nbs/credit/11_grpo.ipynb #c020
 def train_toy(policy, reward, advantage, epochs=40, group_size=16, steps=10, sampler=None,
               lr=2e-3, clip_range=0.2, updates=2, seed=0, kl_beta=0.0):
-    """Algorithm 1 on the toy: train `policy` in place and return one dict of statistics an epoch.
+    """Algorithm 1 on the toy: train `policy` in place and return one dict of statistics per epoch.
 
     `reward(x, prompt) -> (N,)` scores points (N, 2) in [0, 1]; `advantage(rewards (B, T), group (B,)) -> (B, T)` is
     what tells GRPO from VGPO. `sampler` is FlowSDE(0.7) unless given; `kl_beta` weighs `toy_kl`. Statistics are taken

@@ -7,34 +7,48 @@ __all__ = ['unpadded', 'ZImagePolicy']
 
 # %% ../../nbs/models/57_z_image.ipynb #c003
 import torch
+from fastcore.basics import patch
 
-from .base import Condition, DiffusersPolicy, Geometry
+from .base import Policy
+from .embeds import PromptEmbeds, zero_embeds
+from .loading import LatentSpec
 
 # %% ../../nbs/models/57_z_image.ipynb #c007
-def unpadded(condition):
-    "The texts [(l, D)] of a Condition, without their padding."
-    if condition.mask is None: return list(condition.text)
-    return [text[mask] for text, mask in zip(condition.text, condition.mask)]
+def unpadded(embeds: PromptEmbeds) -> list[torch.Tensor]:
+    "The texts [(l, D)] of PromptEmbeds, without their padding."
+    if embeds.mask is None: return list(embeds.text)
+    return [text[mask] for text, mask in zip(embeds.text, embeds.mask)]
 
 
-class ZImagePolicy(DiffusersPolicy):
+class ZImagePolicy(Policy):
     "A ZImagePipeline as a policy: Z-Image, or Z-Image-Turbo."
+    pipeline_class = "ZImagePipeline"
     targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
-    def measure(self):
+    def latent_spec(self):
         c = self.pipe.transformer.config
-        return Geometry(c.in_channels, 2, 1024 // self.pipe.vae_scale_factor, 2 * min(c.axes_lens[1:]))
+        return LatentSpec(c.in_channels, 2, 1024 // self.pipe.vae_scale_factor, 2 * min(c.axes_lens[1:]))
 
     def schedule(self, num_steps):
         return {**super().schedule(num_steps), "sigmas": torch.linspace(1, 1 / num_steps, num_steps).tolist()}
 
-    def encode_one(self, prompt):
-        (text,), _ = self.pipe.encode_prompt(
-            prompt, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length)
-        return Condition(text[None], mask=text.new_ones(1, len(text), dtype=torch.bool))
-
-    def call_network(self, x, sigma, condition):
+    def call_network(self, x, sigma, embeds):
         steps = self.pipe.scheduler.config.num_train_timesteps
         time = (steps - steps * sigma) / steps  # 1 - sigma, rounded as the pipeline rounds it
-        pictures = self.network(list(x.unsqueeze(2)), time, unpadded(condition), return_dict=False)[0]
-        return -torch.stack(pictures).squeeze(2)
+        images = self.network(list(x.unsqueeze(2)), time, unpadded(embeds), return_dict=False)[0]
+        return -torch.stack(images).squeeze(2)
+
+# %% ../../nbs/models/57_z_image.ipynb #c008
+@patch
+def encode_one(self: ZImagePolicy, prompt: str) -> PromptEmbeds:
+    "The PromptEmbeds of one prompt, as many tokens as it has."
+    (text,), _ = self.pipe.encode_prompt(
+        prompt, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length)
+    return PromptEmbeds(text[None], mask=text.new_ones(1, len(text), dtype=torch.bool))
+
+
+@patch
+def example_embeds(self: ZImagePolicy, batch_size: int) -> PromptEmbeds:
+    "PromptEmbeds of zeros, of the greatest length."
+    return zero_embeds(batch_size, self.max_sequence_length, self.pipe.transformer.config.cap_feat_dim,
+                       dtype=self.dtype, device=self.device)

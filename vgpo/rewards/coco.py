@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COCO_CLASSES', 'COLORS', 'GREY', 'WORDINGS', 'make_processor', 'to_pixels', 'find_instances', 'mask_box', 'cut_out',
            'color_vectors', 'ColorClassifier', 'load_mask2former', 'CocoDetection', 'detect', 'CocoDetector',
-           'check_names', 'CocoGenEval', 'geneval']
+           'check_names', 'GenEval']
 
 # %% ../../nbs/rewards/49_coco.ipynb #c003
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import PositiveInt
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTokenizer,
@@ -24,8 +25,9 @@ from transformers import (
 )
 
 from .base import check_images
-from .clip import check_options, load_clip, opening, weights_id
-from .geneval import GenEval
+from .clip import load_clip
+from .geneval import GenEvalRules
+from .weights import Dtype, check_loaded, load_errors, weights_id
 
 # %% ../../nbs/rewards/49_coco.ipynb #c006
 # GenEval's names, in the order of COCO's indices
@@ -133,17 +135,13 @@ def load_mask2former(weights: str, revision: str | None = None) -> Mask2FormerFo
     Raises OSError where there is none, ValueError for another number of classes and for weights that are missing or
     of another shape.
     """
-    with opening(weights, "weights"):
+    with load_errors(weights, "weights"):
         model, found = Mask2FormerForUniversalSegmentation.from_pretrained(
             weights, revision=revision or "main", dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True)
     if (classes := model.config.num_labels) != len(COCO_CLASSES):
         raise ValueError(f"{weights} knows {classes} classes, not COCO's 80: use a '...-coco-instance' checkpoint")
-    absent = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
-    absent = [name for name in absent if not name.startswith("criterion.")]  # of the training loss alone
-    if absent:
-        raise ValueError(f"weights {str(weights)!r} are not those of a whole Mask2Former: {absent[0]} and "
-                         f"{len(absent) - 1} more are missing or of another shape")
+    check_loaded(found, weights, "Mask2Former", ignore="criterion.")  # which is of the training loss alone
     return model
 
 # %% ../../nbs/rewards/49_coco.ipynb #c031
@@ -189,7 +187,6 @@ class CocoDetector:
                  clip_weights: str = "openai/clip-vit-large-patch14", revision: str | None = None,
                  clip_revision: str | None = None, device: str = "cpu", dtype: str = "float32", batch_size: int = 8,
                  min_score: float = 0.05):
-        check_options(dtype, batch_size)
         self.model = load_mask2former(weights, revision).to(device).eval()
         self.colors = ColorClassifier(clip_weights, clip_revision, device, dtype)
         self.device, self.batch_size, self.min_score, self.processor = device, batch_size, min_score, make_processor()
@@ -211,17 +208,31 @@ def check_names(row: dict) -> None:
                                  f"one of vgpo.rewards.coco.{'COLORS' if key == 'color' else 'COCO_CLASSES'}")
 
 
-class CocoGenEval(GenEval):
-    "`vgpo.rewards.geneval.GenEval` for rows that name COCO's classes and GenEval's colours only."
+@dataclass
+class GenEval(GenEvalRules):
+    "GenEval as published: its rules over Mask2Former and CLIP, for rows that name COCO's classes and GenEval's colours only."
+    weights: str = "facebook/mask2former-swin-small-coco-instance"
+    """Mask2Former, a folder or a name on the hub"""
+    clip_weights: str = "openai/clip-vit-large-patch14"
+    """CLIP, which tells colours, a folder or a name on the hub"""
+    revision: str | None = None
+    """commit, tag or branch of Mask2Former on the hub"""
+    clip_revision: str | None = None
+    """the same of CLIP"""
+    device: str = "cpu"
+    """where the networks compute"""
+    dtype: Dtype = "float32"
+    """CLIP's precision; Mask2Former always runs in float32"""
+    batch_size: PositiveInt = 8
+    """images in one forward pass of Mask2Former"""
+
+    harmless = frozenset({"device", "batch_size"})
+
+    def make_detector(self):
+        return CocoDetector(self.weights, self.clip_weights, self.revision, self.clip_revision, self.device, self.dtype,
+                            self.batch_size, min_score=min(self.threshold, self.counting_threshold))
 
     def check_row(self, row):
         "ValueError if a prompt row is not one that GenEval can judge, or names what COCO does not know."
         super().check_row(row)
         check_names(row)
-
-
-def geneval(threshold: float = 0.3, counting_threshold: float = 0.9, max_per_class: int = 16, closed: bool = False,
-            flow_grpo_compat: bool = False, **detector) -> GenEval:
-    "GenEval as published, over Mask2Former and CLIP. Options: those of `GenEval` and of `CocoDetector`."
-    found = CocoDetector(min_score=min(threshold, counting_threshold), **detector)
-    return CocoGenEval(found, threshold, counting_threshold, max_per_class, closed, flow_grpo_compat)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAGS', 'RELATIONS', 'Detection', 'Detector', 'confident', 'by_class', 'relations', 'relation_share',
            'official_failures', 'flow_grpo_score', 'count_score', 'color_share', 'soft_score', 'count_unmentioned',
-           'evaluate_row', 'check_clause', 'check_position', 'check_row', 'GenEvalReward', 'accuracy_by_task']
+           'evaluate_row', 'check_clause', 'check_position', 'check_row', 'GenEvalRules', 'accuracy_by_task']
 
 # %% ../../nbs/world/21_geneval.ipynb #c002
 import math
@@ -207,23 +207,24 @@ def check_row(row: dict) -> None:
 
 # %% ../../nbs/world/21_geneval.ipynb #c043
 @dataclass
-class GenEvalReward(Reward):
+class GenEvalRules(Reward):
     """GenEval's rules over a detector: raw is the training score, strict GenEval's official verdict.
 
     Metadata are GenEval rows, see `check_row`; ValueError names the prompt of a bad one.
     """
     threshold: ClosedUnitInterval = 0.3
-    "What a detection's score must exceed."
+    """what a detection's score must exceed"""
     counting_threshold: ClosedUnitInterval = 0.9
-    "The same in counting rows."
+    """the same in counting rows"""
     max_per_class: PositiveInt = 16
-    "Detections that are kept per class."
+    """detections that are kept per class"""
     closed: bool = False
-    "Whether objects that no clause names lower the score, see `soft_score`."
+    """whether objects that no clause names lower the score, see `soft_score`"""
     flow_grpo_compat: bool = False
-    "Flow-GRPO's score instead, see `flow_grpo_score`."
+    """Flow-GRPO's score instead, see `flow_grpo_score`"""
 
     def __post_init__(self):
+        super().__post_init__()
         self.detector = self.make_detector()
         rules = "Flow-GRPO's score" if self.flow_grpo_compat else "GenEval's rules"
         self.version = f"{rules} over {getattr(self.detector, 'version', type(self.detector).__name__)}"
@@ -237,14 +238,14 @@ class GenEvalReward(Reward):
 
 # %% ../../nbs/world/21_geneval.ipynb #n903
 @patch
-def score_image(self: GenEvalReward, detections: Sequence[Detection], row: dict) -> dict[str, Any]:
+def score_image(self: GenEvalRules, detections: Sequence[Detection], row: dict) -> dict[str, Any]:
     "`evaluate_row` of one image, after the threshold that belongs to the row's task."
     threshold = self.counting_threshold if row["tag"] == "counting" else self.threshold
     return evaluate_row(confident(detections, threshold, self.max_per_class), row, self.flow_grpo_compat, self.closed)
 
 # %% ../../nbs/world/21_geneval.ipynb #n904
 @patch
-def __call__(self: GenEvalReward, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
+def __call__(self: GenEvalRules, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
     "Score a batch; ValueError for a bad row, and for a detector that gives another number of lists than images."
     for row in metadata: self.check_row(row)
     found = self.detector(images)

@@ -9,15 +9,19 @@ __all__ = ['MEAN', 'STD', 'VISION', 'TEXT', 'EYE', 'UNUSED', 'RewardNetwork', 'p
 # %% ../../nbs/rewards/48_imagereward.ipynb #c003
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPImageProcessorPil
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from .base import Scores
-from .clip import check_options, opening, read_tensors, record
+from ..plugs import check_fields
+from .base import Reward, Scores
+from .weights import Dtype, check_weights, load_errors, provenance, read_tensors
 
 # %% ../../nbs/rewards/48_imagereward.ipynb #c009
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the MLP's output on ImageReward's own data
@@ -67,20 +71,16 @@ def load_weights(network: RewardNetwork, state: Mapping[str, torch.Tensor], sour
     BLIP's unused projections may be among them. Raises ValueError, naming the first culprits, for weights that are
     missing, unknown or of another shape: a network that is partly random would judge, too.
     """
-    expected = {published_name(k): (k, tuple(v.shape)) for k, v in network.state_dict().items()}
-    wrong = [f"{name} is missing" for name in sorted(expected.keys() - state.keys())]
-    wrong += [f"{name} is unknown" for name in sorted(state.keys() - expected.keys()) if not UNUSED.match(name)]
-    wrong += [f"{name} is {tuple(state[name].shape)}, not {shape}" for name, (_, shape) in expected.items()
-              if name in state and tuple(state[name].shape) != shape]
-    if wrong:
-        raise ValueError(f"{source} is not an ImageReward checkpoint of this size: {'; '.join(wrong[:3])} "
-                         f"({len(wrong)} in all): use the published ImageReward.pt, or give its sizes as vision, text")
-    network.load_state_dict({ours: state[theirs] for theirs, (ours, _) in expected.items()})
+    names = {published_name(name): name for name in network.state_dict()}
+    expected = {theirs: network.state_dict()[ours].shape for theirs, ours in names.items()}
+    check_weights(state, expected, f"{source} is not an ImageReward checkpoint of this size: use the published "
+                  "ImageReward.pt, or give its sizes as vision, text", ignore=UNUSED.match)
+    network.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
 
 # %% ../../nbs/rewards/48_imagereward.ipynb #c024
 def load_tokenizer(name: str, words: int):
     "The tokenizer in a folder or on the hub. Raises OSError, and ValueError if it has more than `words` tokens."
-    with opening(name, "tokenizer"): tokenizer = AutoTokenizer.from_pretrained(name)
+    with load_errors(name, "tokenizer"): tokenizer = AutoTokenizer.from_pretrained(name)
     if len(tokenizer) > words or tokenizer.cls_token_id is None:
         raise ValueError(f"tokenizer {name!r} has {len(tokenizer)} tokens, the network {words}: use "
                          "google-bert/bert-base-uncased")
@@ -90,34 +90,47 @@ def load_tokenizer(name: str, words: int):
 def prepare(reward, images, prompts):
     "What an ImageReward's network takes: pixels (B, 3, S, S), token ids and mask (B, 35)."
     pixels = reward.preprocess(list(images), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-    words = reward.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=reward.tokens,
+    words = reward.words(list(prompts), padding="max_length", truncation=True, max_length=reward.tokens,
                              return_tensors="pt")
     return [t.to(reward.device) for t in (pixels, words["input_ids"], words["attention_mask"])]
 
 # %% ../../nbs/rewards/48_imagereward.ipynb #c025
-class ImageReward:
-    """Would people prefer it? ImageReward (Xu et al., 2023): raw is about standard normal over its authors' pictures.
+@dataclass
+class ImageReward(Reward):
+    """Would people prefer it? ImageReward (Xu et al., 2023): raw is about standard normal over its authors' images.
 
-    weights: the published file or one like it, a path or `owner/repository/file` on the hub at `revision`. tokenizer:
-    folder or hub name. device, dtype ('float32', 'bfloat16' or 'float16'): where and how eye and reader compute; the
-    head is float32. batch_size: pictures a pass. vision, text: sizes of other checkpoints, see RewardNetwork.
     Raises OSError and ValueError for weights that are absent, unsafe or of another network.
     """
+    weights: str = "THUDM/ImageReward/ImageReward.pt"
+    """the published file or one like it, a path or `owner/repository/file` on the hub"""
+    revision: str | None = None
+    """commit, tag or branch of the weights on the hub"""
+    tokenizer: str = "google-bert/bert-base-uncased"
+    """folder or hub name"""
+    device: str = "cpu"
+    """where it computes"""
+    dtype: Dtype = "float32"
+    """in which numbers its vision and text networks compute; the head is float32"""
+    batch_size: PositiveInt = 16
+    """images in one forward pass"""
+    vision: dict[str, Any] | None = None
+    """sizes of another checkpoint's vision network"""
+    text: dict[str, Any] | None = None
+    """sizes of another checkpoint's text network"""
 
     name, scale, tokens = "imagereward", "normal CDF of raw", 35
+    harmless = frozenset({"device", "batch_size"})
 
-    def __init__(self, weights: str = "THUDM/ImageReward/ImageReward.pt", revision: str | None = None,
-                 tokenizer: str = "google-bert/bert-base-uncased", device: str = "cpu", dtype: str = "float32",
-                 batch_size: int = 16, vision: Mapping | None = None, text: Mapping | None = None):
-        check_options(dtype, batch_size)
-        network = RewardNetwork(vision, text)
-        self.tokenizer = load_tokenizer(tokenizer, network.text.config.vocab_size)
-        load_weights(network, read_tensors(weights, revision), f"weights {str(weights)!r}")
-        for part in (network.vision, network.text): part.to(getattr(torch, dtype))
-        self.network, self.device, self.batch_size = network.to(device).eval().requires_grad_(False), device, batch_size
+    def __post_init__(self):
+        check_fields(self)
+        network = RewardNetwork(self.vision, self.text)
+        self.words = load_tokenizer(self.tokenizer, network.text.config.vocab_size)
+        load_weights(network, read_tensors(self.weights, self.revision), f"weights {str(self.weights)!r}")
+        for part in (network.vision, network.text): part.to(getattr(torch, self.dtype))
+        self.network = network.to(self.device).eval().requires_grad_(False)
         side = network.vision.config.image_size
         self.preprocess = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-        self.version = record(weights, revision, "tokenizer", tokenizer, dtype)
+        self.version = provenance(self.weights, self.revision, "tokenizer", self.tokenizer, self.dtype)
 
     @torch.inference_mode()
     def raw(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:

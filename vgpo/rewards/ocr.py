@@ -82,15 +82,17 @@ def engine_version(engine) -> str:
 class OCR(Reward):
     "The edit distance of a text that was read to the one asked for; strict is their equality after `normalize`."
     threads: PositiveInt = 2
-    "Threads that read, each with an engine of its own."
+    """threads that read, each with an engine of its own"""
     mode: Literal["recognise", "full"] = "recognise"
-    "Whether the whole image is one line of text (small images), or lines are detected first."
+    """whether the whole image is one line of text (small images), or lines are detected first"""
     width: PositiveInt | None = None
-    "The recogniser's least input width in pixels; by default 48, in mode full 320."
+    """the recogniser's least input width in pixels; by default 48, in mode full 320"""
     batch_size: PositiveInt = 16
-    "Images per call of the recogniser."
+    """images per call of the recogniser"""
+    harmless = frozenset({"threads", "batch_size"})
 
     def __post_init__(self):
+        super().__post_init__()
         width = (48 if self.mode == "recognise" else 320) if self.width is None else self.width
         self.engines = [make_engine(width, self.batch_size) for _ in range(self.threads)]
         self.pool, self.version = ThreadPoolExecutor(self.threads), engine_version(self.engines[0])

@@ -18,7 +18,7 @@ from PIL import Image, features
 from .base import Reward, Scores
 
 # %% ../../nbs/rewards/45_own_reward.ipynb #c022
-Quality = restricted_number_type("Quality", int, [(">=", 1), ("<=", 100)], docstring="A JPEG file's quality, 1 to 100.")
+Quality = restricted_number_type("Quality", int, [(">=", 1), ("<=", 100)])
 
 
 def jpeg_bytes(image: np.ndarray, quality: int = 95) -> int:
@@ -30,12 +30,16 @@ def jpeg_bytes(image: np.ndarray, quality: int = 95) -> int:
 
 @dataclass
 class JPEG(Reward):
-    "Does the image compress well? raw is -(bytes / 1000) / 500 of its JPEG file, as in Flow-GRPO; no prompt needed."
+    """Does the image compress well? raw is -(bytes / 1000) / 500 of its JPEG file, as in Flow-GRPO; no prompt needed.
+
+    The scale is made for images of about 512 x 512; files beyond half a megabyte all get 0.
+    """
     scale = "max(1 + raw, 0)"
     quality: Quality = 95
-    "Of the JPEG file. The scale is made for images of about 512 x 512; half a megabyte and more gets 0."
+    """of the JPEG file, 1 to 100"""
 
     def __post_init__(self):
+        super().__post_init__()
         codec = features.version("libjpeg_turbo") or features.version("jpg")  # the size depends on who compresses
         self.version = f"pillow {version('pillow')}, libjpeg {codec}, quality {self.quality}"
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from ..rewards.base import check_images
-from ..rewards.geneval import Detection, GenEvalReward
+from ..rewards.geneval import Detection, GenEvalRules
 from .scenes import COLORS, SHAPES, SIZE, draw_shape
 
 # %% ../../nbs/world/25_detector.ipynb #c007
@@ -145,13 +145,13 @@ class ShapeDetector:
 
 # %% ../../nbs/world/25_detector.ipynb #n900
 @dataclass
-class GenEvalShapes(GenEvalReward):
+class GenEvalShapes(GenEvalRules):
     "GenEval's rules over the tiny world's detector, in a closed world: a share of the prompt's demands that are met."
     threshold: ClosedUnitInterval = 0.6
-    "What a detection's score must exceed."
+    """what a detection's score must exceed"""
     counting_threshold: ClosedUnitInterval = 0.6
-    "The same in counting rows."
+    """the same in counting rows"""
     closed: bool = True
-    "Whether objects that no clause names lower the score."
+    """whether objects that no clause names lower the score"""
 
     def make_detector(self): return ShapeDetector()

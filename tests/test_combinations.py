@@ -1,0 +1,150 @@
+"Every sampler, window, objective and credit estimator with every other one, in the trainer."
+
+from itertools import product
+
+import pytest
+import torch
+from plug_classes import plug_classes
+from tiny_rewards import brightness, power
+
+import vgpo.credit
+import vgpo.objectives
+from vgpo.batches import OptimConfig, RolloutConfig
+from vgpo.callback import Callback
+from vgpo.credit.base import Credit
+from vgpo.credit.grpo import GRPO
+from vgpo.credit.vgpo import VGPO
+from vgpo.objectives.base import Objective
+from vgpo.objectives.clipped import KLS, ClippedSurrogate
+from vgpo.policies.base import load_policy
+from vgpo.policies.loading import ModelConfig
+from vgpo.rewards.base import Reward, Scores
+from vgpo.rollout import column
+from vgpo.sde import FlowSDE, Sampler
+from vgpo.trainer import Trainer
+from vgpo.windows import Leading, Random, Window
+from vgpo.world.pretrain import make_autoencoder, make_pipeline
+
+SAMPLERS, WINDOWS = plug_classes(Sampler), [kind(2) for kind in plug_classes(Window)] + [Random(2, per="group")]
+OBJECTIVES, ESTIMATORS = plug_classes(Objective, vgpo.objectives), plug_classes(Credit, vgpo.credit)
+ROWS = [{"prompt": f"a photo of a {color} circle"} for color in ("red", "blue", "green", "white")]
+
+
+class Brightness(Reward):
+    name = scale = version = "brightness"
+
+    def __call__(self, images, prompts, metadata):
+        raw = torch.as_tensor(brightness(images, prompts, metadata), dtype=torch.float32)
+        return Scores(raw, raw, details=[{} for _ in prompts])
+
+
+class Two(Reward):
+    "Brightness and a power of it, kept apart too."
+
+    name = scale = version = "two"
+    weights = {"brightness": 0.75, "power": 0.25}
+
+    def __call__(self, images, prompts, metadata):
+        raw = [torch.as_tensor(f(images, prompts, metadata), dtype=torch.float32) for f in (brightness, power)]
+        parts = {name: Scores(r, r) for name, r in zip(self.weights, raw, strict=True)}
+        total = sum(w * r for w, r in zip(self.weights.values(), raw, strict=True))
+        return Scores(total, total, details=[{} for _ in prompts], parts=parts)
+
+
+class Record(Callback):
+    "Keeps the statistics of every update."
+
+    def __init__(self):
+        self.stats = []
+
+    def before_step(self, trainer, stats):
+        self.stats.append(dict(stats))
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    "A pipeline of one narrow layer with random weights: the trainer's logic does not depend on the network's size."
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    pipe = make_pipeline(make_autoencoder(channels=8), width=64, layers=1)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.1)
+    pipe.save_pretrained(folder)
+    model = ModelConfig(path=str(folder))
+    policy = load_policy(model)
+    policy.precompute([row["prompt"] for row in ROWS])
+    policy.make_trainable(model, seed=0)
+    return policy, [p.detach().clone() for p in policy.parameters()]
+
+
+def trained(policy, epochs=1, reward=None, micro_batch_size=8, prompts_per_epoch=2, num_minibatches=2, **plugs):
+    "How far a short run's weights moved, its statistics by update, its metrics by epoch, and the trainer."
+    policy, begin = policy
+    for p, value in zip(policy.parameters(), begin, strict=True):
+        p.data.copy_(value)
+    rollout = RolloutConfig(num_inference_steps=4, prompts_per_epoch=prompts_per_epoch, group_size=4,
+                            micro_batch_size=micro_batch_size)  # fmt: skip
+    record, plugs = Record(), {"sampler": FlowSDE(), "credit": GRPO(), "window": Leading(2)} | plugs
+    plugs = {"objective": ClippedSurrogate(clip_range=1e-3)} | plugs
+    reward, optim = reward or (Two() if plugs["credit"].separate else Brightness()), OptimConfig(lr=1e-3)
+    optim.num_minibatches = num_minibatches
+    trainer = Trainer(policy, reward, ROWS, rollout=rollout, optim=optim, callbacks=[record], **plugs)
+    metrics = [trainer.train_epoch() for _ in range(epochs)]
+    moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(policy.parameters(), begin, strict=True)])
+    return moved, record.stats, metrics, trainer
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_combination_trains_and_begins_with_ratio_1(policy, sampler, objective):
+    for window, kl_type in product(WINDOWS, KLS):
+        plug = objective(clip_range=1e-3, beta=0.1, kl_type=kl_type)
+        moved, (first, second), (metrics,), _ = trained(policy, sampler=sampler(0.7), objective=plug, window=window)
+        assert first["ratio/abs_dev_mean"] == 0 < second["ratio/abs_dev_mean"] < 0.2, window
+        assert first["kl"] == 0 < second["kl"] < 1 and metrics["grad_norm"] > 0
+        assert ("ratio_bias" in metrics) == plug.needs_means
+        assert moved.abs().max() > 1e-5 and moved.isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_trains(policy, estimator):
+    credit = estimator(num_scored_steps=3) if hasattr(estimator, "num_scored_steps") else estimator()
+    moved, _, (metrics,), trainer = trained(policy, credit=credit)
+    assert moved.abs().max() > 1e-5 and 0 < metrics["reward"] < 1 and metrics["advantage/abs_mean"] > 0
+    assert all(batch.advantages.shape == (len(batch.rows), 4) for batch in trainer.batches)
+    assert all(batch.rewards.shape == (len(batch.rows), 5) for batch in trainer.batches)
+
+
+def test_one_place_for_the_window_is_the_leading_window_bit_for_bit(policy):
+    "Also where each sample has a window of its own and sigma is (B,)."
+    moved = trained(policy, epochs=2, window=Leading(3))[0]
+    assert moved.abs().max() > 1e-4
+    for window in (Random(3, stop=3), Random(3, stop=3, per="group")):
+        assert torch.equal(trained(policy, epochs=2, window=window)[0], moved)
+
+
+def test_micro_batches_do_not_change_the_update_of_windows_per_group(policy):
+    whole, small = (trained(policy, window=Random(2, per="group"), micro_batch_size=size)[0] for size in (8, 1))
+    assert whole.abs().max() > 1e-4
+    assert torch.nn.functional.cosine_similarity(whole, small, dim=0) > 0.999
+
+
+def test_samples_of_a_group_share_a_window(policy):
+    *_, trainer = trained(policy, window=Random(1, per="group"), prompts_per_epoch=4, num_minibatches=1)
+    noisy = torch.cat([batch.noisy for batch in trainer.batches])
+    group = torch.cat([batch.path.group for batch in trainer.batches])
+    by_group = [noisy[group == g].unique(dim=0) for g in group.unique()]
+    assert all(len(mask) == 1 for mask in by_group) and len(torch.cat(by_group).unique(dim=0)) > 1
+    for batch in trainer.batches:
+        assert torch.equal(batch.path.log_probs != 0, batch.noisy)
+        (step,) = batch.trained_steps()
+        assert column(batch.noisy, step).all()
+
+
+@pytest.mark.parametrize("credit", [GRPO(), VGPO(num_scored_steps=4)], ids=repr)
+def test_a_reward_of_several_is_what_their_sum_is(policy, credit):
+    class Sum(Two):
+        def __call__(self, images, prompts, metadata):
+            scores = super().__call__(images, prompts, metadata)
+            return Scores(scores.raw, scores.scaled, details=scores.details)
+
+    assert torch.equal(*(trained(policy, credit=credit, reward=reward)[0] for reward in (Two(), Sum())))
