@@ -213,7 +213,7 @@ def reward_classes() -> dict[str, type[Reward]]:
         except ModuleNotFoundError as e:
             if e.name.startswith("vgpo"): raise
     made = [cls for cls in all_subclasses(Reward) if not inspect.isabstract(cls) and "<locals>" not in cls.__qualname__]
-    return dict(sorted({cls.__name__: cls for cls in made}.items()))
+    return dict(sorted({cls.__name__: cls for cls in reversed(made)}.items()))  # of two with one name, the first
 
 # %% ../../nbs/world/20_rewards.ipynb #c033
 def options_of(spec: str | type[Reward]) -> list[str]:
