@@ -130,7 +130,7 @@ def test_grpo_teaches_the_prompt_reproducibly():
     policy, history = trained(0)
     again, same = trained(0)
     assert history == same and all(map(torch.equal, policy.parameters(), again.parameters()))
-    assert history[0].keys() == {"reward", "advantage", "group_std", "zero_std"}
+    assert history[0].keys() == {"reward", "advantage", "reward_std", "frac_reward_zero_std"}
     assert hits(ToyPolicy(MIXTURE, 4)) < 0.2 < 0.9 < hits(policy)
 
 
@@ -140,7 +140,7 @@ def test_without_signal_nothing_moves():
     before = [p.detach().clone() for p in policy.parameters()]
     history = train_toy(policy, lambda x, prompt: torch.full((len(x),), 0.7), grpo, epochs=2)
     assert all(map(torch.equal, before, policy.parameters()))
-    assert [epoch["zero_std"] for epoch in history] == [1, 1]
+    assert [epoch["frac_reward_zero_std"] for epoch in history] == [1, 1]
 
 
 def test_a_strong_kl_holds_the_policy_at_its_mixture():

@@ -1,4 +1,4 @@
-"""The tiny world's prompts, splits and pictures. The shipped model was pretrained on exactly these: they are frozen."""
+"""The tiny world's prompts, splits and images. The shipped model was pretrained on exactly these: they are frozen."""
 
 import hashlib
 import random
@@ -37,12 +37,12 @@ def test_golden_rows_and_splits():
 
 
 def test_golden_pictures():
-    """Means of pictures, with a tolerance for other versions of Pillow and FreeType; and where the rng stands after."""
+    """Means of images, with a tolerance for other versions of Pillow and FreeType; and where the rng stands after."""
     rng = random.Random(5)
-    pictures = [render_scene(row, rng) for row in rows_of(split_scenes()[1])[::4]]
-    assert rng.random() == pytest.approx(0.7657512068440075) and np.mean(pictures) == pytest.approx(49.719, abs=0.3)
-    pictures = [render_word(sign(word, color), rng) for word, color in zip(WORDS, [*scenes.COLORS] * 40, strict=False)]
-    assert rng.random() == pytest.approx(0.08214232108479302) and np.mean(pictures) == pytest.approx(93.589, abs=0.5)
+    images = [render_scene(row, rng) for row in rows_of(split_scenes()[1])[::4]]
+    assert rng.random() == pytest.approx(0.7657512068440075) and np.mean(images) == pytest.approx(49.719, abs=0.3)
+    images = [render_word(sign(word, color), rng) for word, color in zip(WORDS, [*scenes.COLORS] * 40, strict=False)]
+    assert rng.random() == pytest.approx(0.08214232108479302) and np.mean(images) == pytest.approx(93.589, abs=0.5)
 
 
 def test_wordings_are_those_of_geneval():
@@ -112,12 +112,12 @@ def test_placed_objects_are_inside_and_apart(n):
 def test_pictures_hold_what_the_row_counts():
     rng = random.Random(0)
     for row in rng.sample(rows_of(all_scenes()), 200):
-        picture = render_scene(row, rng)
-        assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
-        saturation = np.ptp(picture.astype(int), axis=-1)
+        image = render_scene(row, rng)
+        assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+        saturation = np.ptp(image.astype(int), axis=-1)
         assert ndimage.label(saturation > 100)[1] == sum(c["count"] for c in row["include"]), row["prompt"]
         for color in {c["color"] for c in row["include"] if "color" in c}:
-            assert (np.abs(picture.astype(int) - scenes.COLORS[color]).sum(-1) == 0).sum() > 8
+            assert (np.abs(image.astype(int) - scenes.COLORS[color]).sum(-1) == 0).sum() > 8
 
 
 def test_pictures_are_functions_of_row_and_seed():

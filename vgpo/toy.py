@@ -154,8 +154,8 @@ def train_toy(policy, reward, advantage, epochs=40, group_size=16, steps=10, sam
 
     `reward(x, prompt) -> (N,)` scores points (N, 2) in [0, 1]; `advantage(rewards (B, T), group (B,)) -> (B, T)` is
     what tells GRPO from VGPO. `sampler` is FlowSDE(0.7) unless given; `kl_beta` weighs `toy_kl`. Statistics are taken
-    before the epoch's updates: reward (mean, of the final samples), advantage (mean magnitude), group_std (mean, of the
-    final rewards) and zero_std (share of groups without spread).
+    before the epoch's updates: reward (mean, of the final samples), advantage (mean magnitude), reward_std (mean, of the
+    final rewards) and frac_reward_zero_std (share of groups without spread).
     """
     sampler = sampler or FlowSDE(0.7)
     generator, history = torch.Generator().manual_seed(seed), []
@@ -172,5 +172,5 @@ def train_toy(policy, reward, advantage, epochs=40, group_size=16, steps=10, sam
             optimizer.zero_grad(); loss.backward(); optimizer.step()
         spread = group_stats(rewards[:, -1], prompt)[1]
         history.append({"reward": rewards[:, -1].mean().item(), "advantage": advantages.abs().mean().item(),
-                        "group_std": spread.mean().item(), "zero_std": (spread == 0).double().mean().item()})
+                        "reward_std": spread.mean().item(), "frac_reward_zero_std": (spread == 0).double().mean().item()})
     return history

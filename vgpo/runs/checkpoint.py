@@ -113,7 +113,7 @@ def read_checkpoint(path: Path) -> tuple[dict, dict]:
     "The (tensors, state) of the checkpoint at `path`, whose digests `newest_valid` has checked."
     return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
 
-# %% ../../nbs/runs/70_checkpoint.ipynb #x
+# %% ../../nbs/runs/70_checkpoint.ipynb #9f6791a0
 def named_parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
     "The trained parameters by name, in the order of `policy.parameters()`."
     network = trainer.accelerator.unwrap_model(trainer.policy.network)
@@ -132,7 +132,7 @@ def trainer_state(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, {"epoch": trainer.epoch, "updates": trainer.scheduler.last_epoch,
                      "ema_steps": trainer.ema.optimization_step, "callbacks": callbacks}
 
-# %% ../../nbs/runs/70_checkpoint.ipynb #x
+# %% ../../nbs/runs/70_checkpoint.ipynb #24b12d3d
 def load_trainer(trainer: Trainer, tensors: dict[str, torch.Tensor], state: dict):
     "Bring a Trainer back to what `trainer_state` returned."
     for i, (name, p) in enumerate(named_parameters(trainer).items()):

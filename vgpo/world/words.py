@@ -61,7 +61,7 @@ def font(name, size):
 
 
 def render_word(row, rng, scale=4):
-    """Paint a sign row as a (32, 32, 3) uint8 picture: letters on a panel of the named colour, one every 8 pixels.
+    """Paint a sign row as a (32, 32, 3) uint8 image: letters on a panel of the named colour, one every 8 pixels.
 
     `rng` (random.Random) picks the font, then the ground's shade and the panel's height. Drawn `scale` times as large,
     then averaged. ValueError if the colour is unknown or the word does not have one to four letters.
