@@ -68,10 +68,6 @@ class CLIPBase(Reward):
 
     def load_model(self) -> CLIPModel: return load_whole(CLIPModel, self.weights, self.revision)
 
-    def __call__(self, images, prompts, metadata):
-        raw = self.raw(images, prompts)
-        return Scores(raw, (raw / self.unit).clamp(0, 1), details=[{} for _ in prompts])
-
 # %% ../../nbs/rewards/47_clip.ipynb #n900
 @patch
 def __post_init__(self: CLIPBase):
@@ -85,6 +81,13 @@ def __post_init__(self: CLIPBase):
     self.temperature = model.logit_scale.exp().item()  # from float32: see above
     self.model = model.to(self.device, getattr(torch, self.dtype))
     self.version = provenance(self.weights, self.revision, "processor", processor, self.dtype)
+
+
+@patch
+def __call__(self: CLIPBase, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
+    "Scores from `raw`, scaled by `unit`."
+    raw = self.raw(images, prompts)
+    return Scores(raw, (raw / self.unit).clamp(0, 1), details=[{} for _ in prompts])
 
 # %% ../../nbs/rewards/47_clip.ipynb #c023
 def unit_vectors(encode: Callable, items: Sequence, batch_size: int) -> torch.Tensor:

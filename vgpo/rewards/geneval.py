@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'RELATIONS', 'Detection', 'Detector', 'confident', 'by_class', 'relations', 'relation_share',
-           'official_failures', 'flow_grpo_score', 'count_score', 'color_share', 'soft_score', 'count_unmentioned',
+           'official_failures', 'flow_grpo_score', 'count_score', 'color_share', 'count_unmentioned', 'soft_score',
            'evaluate_row', 'check_clause', 'check_position', 'check_row', 'GenEvalRules', 'accuracy_by_task']
 
 # %% ../../nbs/world/21_geneval.ipynb #c002
@@ -19,6 +19,7 @@ import torch
 from fastcore.basics import patch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
+from ..plugs import check_fields
 from .base import Reward, Scores
 
 # %% ../../nbs/world/21_geneval.ipynb #c006
@@ -129,6 +130,12 @@ def color_share(objects: Sequence[Detection], color: str) -> float:
     "Share of the found objects that have the colour; 0 if nothing was found."
     return sum(d.color == color for d in objects) / len(objects) if objects else 0.0
 
+# %% ../../nbs/world/21_geneval.ipynb #n900
+def count_unmentioned(found: dict[str, list[Detection]], row: dict) -> int:
+    "Number of found objects of classes that no clause of the row names."
+    named = {c["class"] for c in row["include"] + row.get("exclude", [])}
+    return sum(len(objects) for name, objects in found.items() if name not in named)
+
 # %% ../../nbs/world/21_geneval.ipynb #c030
 def soft_score(found: dict[str, list[Detection]], row: dict, closed: bool = False) -> dict[str, float]:
     """The training score in [0, 1], with its factors: objects * (1 + colors)/2 * (1 + relations)/2 * excluded.
@@ -152,12 +159,6 @@ def soft_score(found: dict[str, list[Detection]], row: dict, closed: bool = Fals
     soft = objects * (1 + colors) / 2 * (1 + places) / 2 * excluded * wanted
     return {"soft": soft**2 if closed else soft, "objects": objects, "colors": colors, "relations": places,
             "excluded": excluded, "wanted": wanted}
-
-
-def count_unmentioned(found: dict[str, list[Detection]], row: dict) -> int:
-    "Number of found objects of classes that no clause of the row names."
-    named = {c["class"] for c in row["include"] + row.get("exclude", [])}
-    return sum(len(objects) for name, objects in found.items() if name not in named)
 
 # %% ../../nbs/world/21_geneval.ipynb #c037
 def evaluate_row(detections: Sequence[Detection], row: dict, compat: bool = False,
@@ -189,7 +190,7 @@ def check_position(position: Any, i: int, need: Callable[[bool, str], None]) -> 
     need(isinstance(target, int) and 0 <= target < i,
          f"position index {target!r} of clause {i} must be that of an earlier include clause, the target")
 
-# %% ../../nbs/world/21_geneval.ipynb #n901
+# %% ../../nbs/world/21_geneval.ipynb #n903
 def check_row(row: dict) -> None:
     "Raise ValueError, naming the row's prompt and the remedy, unless `row` is a GenEval metadata row."
     def need(ok, problem):
@@ -223,27 +224,30 @@ class GenEvalRules(Reward):
     flow_grpo_compat: bool = False
     """Flow-GRPO's score instead, see `flow_grpo_score`"""
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.detector = self.make_detector()
-        rules = "Flow-GRPO's score" if self.flow_grpo_compat else "GenEval's rules"
-        self.version = f"{rules} over {getattr(self.detector, 'version', type(self.detector).__name__)}"
-        if self.flow_grpo_compat: self.scale = "at most 1; below 0 becomes 0"
-
     @abstractmethod
     def make_detector(self) -> Detector:
         "The detector, from this reward's options."
 
     def check_row(self, row): check_row(row)
 
-# %% ../../nbs/world/21_geneval.ipynb #n903
+# %% ../../nbs/world/21_geneval.ipynb #n905
+@patch
+def __post_init__(self: GenEvalRules):
+    "Check the fields, make the detector, and say what the scores rest on."
+    check_fields(self)
+    self.detector = self.make_detector()
+    rules = "Flow-GRPO's score" if self.flow_grpo_compat else "GenEval's rules"
+    self.version = f"{rules} over {getattr(self.detector, 'version', type(self.detector).__name__)}"
+    if self.flow_grpo_compat: self.scale = "at most 1; below 0 becomes 0"
+
+
 @patch
 def score_image(self: GenEvalRules, detections: Sequence[Detection], row: dict) -> dict[str, Any]:
     "`evaluate_row` of one image, after the threshold that belongs to the row's task."
     threshold = self.counting_threshold if row["tag"] == "counting" else self.threshold
     return evaluate_row(confident(detections, threshold, self.max_per_class), row, self.flow_grpo_compat, self.closed)
 
-# %% ../../nbs/world/21_geneval.ipynb #n904
+# %% ../../nbs/world/21_geneval.ipynb #n906
 @patch
 def __call__(self: GenEvalRules, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
     "Score a batch; ValueError for a bad row, and for a detector that gives another number of lists than images."

@@ -114,7 +114,7 @@ class ImageReward(Reward):
         raw = self.raw(images, prompts)
         return Scores(raw, torch.special.ndtr(raw), details=[{} for _ in prompts])
 
-# %% ../../nbs/rewards/48_imagereward.ipynb #n902
+# %% ../../nbs/rewards/48_imagereward.ipynb #n903
 @patch
 def __post_init__(self: ImageReward):
     "Load it; OSError and ValueError for weights that are absent, unsafe or of another network."
@@ -128,7 +128,7 @@ def __post_init__(self: ImageReward):
     self.preprocess = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     self.version = provenance(self.weights, self.revision, "tokenizer", self.tokenizer, self.dtype)
 
-# %% ../../nbs/rewards/48_imagereward.ipynb #n904
+# %% ../../nbs/rewards/48_imagereward.ipynb #n905
 @patch
 def prepare(self: ImageReward, images: np.ndarray, prompts: list[str]) -> list[torch.Tensor]:
     "What the network takes: pixels (B, 3, S, S), token ids and mask (B, 35)."

@@ -18,6 +18,7 @@ import torch
 from fastcore.basics import patch
 from jsonargparse.typing import PositiveInt
 
+from ..plugs import check_fields
 from .base import Reward, Scores
 
 # %% ../../nbs/world/22_ocr.ipynb #c007
@@ -91,12 +92,6 @@ class OCR(Reward):
     """images per call of the recogniser"""
     harmless = frozenset({"threads", "batch_size"})
 
-    def __post_init__(self):
-        super().__post_init__()
-        width = (48 if self.mode == "recognise" else 320) if self.width is None else self.width
-        self.engines = [make_engine(width, self.batch_size) for _ in range(self.threads)]
-        self.pool, self.version = ThreadPoolExecutor(self.threads), engine_version(self.engines[0])
-
     def check_row(self, row): target_text(row["prompt"], row)
 
     def __call__(self, images, prompts, metadata):
@@ -107,6 +102,15 @@ class OCR(Reward):
         return Scores(raw, raw, strict, [{"read": text, "target": target} for text, target in pairs])
 
 # %% ../../nbs/world/22_ocr.ipynb #n901
+@patch
+def __post_init__(self: OCR):
+    "Check the fields and start the engines."
+    check_fields(self)
+    width = (48 if self.mode == "recognise" else 320) if self.width is None else self.width
+    self.engines = [make_engine(width, self.batch_size) for _ in range(self.threads)]
+    self.pool, self.version = ThreadPoolExecutor(self.threads), engine_version(self.engines[0])
+
+
 @patch
 def read_share(self: OCR, engine, bgr: np.ndarray) -> list[str]:
     "The texts of one thread's share of the images (B, H, W, 3) in OpenCV's order of channels, in their order."

@@ -27,7 +27,7 @@ def jpeg_bytes(image: np.ndarray, quality: int = 95) -> int:
     Image.fromarray(image).save(file, "JPEG", quality=quality)
     return file.tell()
 
-
+# %% ../../nbs/rewards/45_own_reward.ipynb #n901
 @dataclass
 class JPEG(Reward):
     """Does the image compress well? raw is -(bytes / 1000) / 500 of its JPEG file, as in Flow-GRPO; no prompt needed.
