@@ -36,12 +36,12 @@ def token(probabilities, text="?"):
     return says(text, logprobs={"content": [{"token": text, "logprob": -0.1, "top_logprobs": top}]})
 
 
-def judged(make, answer, pictures=PICTURES, **options):
+def judged(make, answer, images=PICTURES, **options):
     "The Scores of a judge whose server gives `answer`, or answer(request), and the requests' bodies."
     respond = answer if callable(answer) else lambda request: answer
     with fake_server(respond) as server:
         scores = score(
-            make("m", url=server.url + "/v1", **options), pictures, PROMPTS[: len(pictures)], [{}] * len(pictures)
+            make("m", url=server.url + "/v1", **options), images, PROMPTS[: len(images)], [{}] * len(images)
         )
     return scores, [json.loads(request.body) for request in server.asked]
 
@@ -63,14 +63,14 @@ def test_a_request_is_a_chat_with_the_picture_and_the_question(monkeypatch):
         assert body["model"] == "m" and body["temperature"] == 0 and body["max_completion_tokens"] == 99
         assert "max_tokens" not in body and body["chat_template_kwargs"] == {"enable_thinking": False}
         (message,) = body["messages"]
-        picture, question = message["content"]
-        head, data = picture["image_url"]["url"].split(",")
-        assert (message["role"], picture["type"], question["type"], head) == (
+        image, question = message["content"]
+        head, data = image["image_url"]["url"].split(",")
+        assert (message["role"], image["type"], question["type"], head) == (
             "user", "image_url", "text", "data:image/png;base64")  # fmt: skip
         seen[question["text"]] = np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
-    for prompt, picture in zip(PROMPTS, PICTURES, strict=True):
+    for prompt, image in zip(PROMPTS, PICTURES, strict=True):
         (shown,) = [image for text, image in seen.items() if prompt in text]
-        assert np.array_equal(shown, picture)
+        assert np.array_equal(shown, image)
 
 
 def test_unified_reward_reads_the_published_form():
@@ -221,10 +221,10 @@ def test_scores_keep_their_order_while_several_questions_are_under_way():
             busy -= 1
         return says(f"Score: {int(text) % 10}")
 
-    prompts, pictures = [str(i) for i in range(24)], np.zeros((24, 4, 4, 3), np.uint8)
+    prompts, images = [str(i) for i in range(24)], np.zeros((24, 4, 4, 3), np.uint8)
     with fake_server(answer) as server:
         judge = VLMScore("m", url=server.url, question="{prompt}", concurrency=4)
-        scores = score(judge, pictures, prompts, [{}] * 24)
+        scores = score(judge, images, prompts, [{}] * 24)
     assert scores.raw.tolist() == [i % 10 for i in range(24)] and most == 4
 
 
@@ -255,8 +255,8 @@ def test_one_picture_without_a_score_fails_the_batch():
 def test_pictures_are_scaled_to_their_longer_side():
     assert resized(np.zeros((64, 32, 3), np.uint8), 16).shape == (16, 8, 3)
     assert resized(np.zeros((3, 900, 3), np.uint8), 30).shape == (1, 30, 3)
-    picture = PICTURES[0]
-    assert resized(picture, None) is picture and resized(picture, 8) is picture
+    image = PICTURES[0]
+    assert resized(image, None) is image and resized(image, 8) is image
     flat = resized(np.full((8, 8, 3), (10, 200, 30), np.uint8), 32)
     assert flat.dtype == np.uint8 and (flat == (10, 200, 30)).all()
     _, bodies = judged(UnifiedReward, says("Final Score: 1"), PICTURES[:1], resolution=56)
@@ -294,7 +294,7 @@ def test_the_version_changes_with_what_shapes_an_answer_and_holds_no_key(monkeyp
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        make_reward("p-yes", **options)
+        make_reward("PYes", **options)
 
 
 def test_bad_ranges_and_patterns_are_refused():

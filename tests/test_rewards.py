@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vgpo.config import RewardConfig
-from vgpo.rewards.base import REWARDS, FunctionReward, RewardError, Scores, configured_reward, make_reward, score
+from vgpo.rewards.base import REWARDS, Function, RewardError, Scores, configured_reward, make_reward, score
 from vgpo.world.scenes import all_scenes, render_scene
 
 IMAGES = np.zeros((3, 4, 4, 3), np.uint8)
@@ -44,9 +44,9 @@ def scores(raw=(1.0, 5.0, 9.0), scaled=(0.1, 0.5, 0.9), strict=None, details=Non
 def test_good_scores_pass_untouched():
     good = scores(strict=torch.tensor([False, True, True]))
     assert score(Fixed(good), IMAGES, PROMPTS, ROWS) is good
-    judged = score(FunctionReward(from_rows), IMAGES, PROMPTS, ROWS, timeout=30)
-    torch.testing.assert_close(judged.raw, torch.tensor([0.1, 0.5, 0.9]))
-    assert judged.scaled.dtype == torch.float32 and judged.strict is None
+    scores = score(Function(from_rows), IMAGES, PROMPTS, ROWS, timeout=30)
+    torch.testing.assert_close(scores.raw, torch.tensor([0.1, 0.5, 0.9]))
+    assert scores.scaled.dtype == torch.float32 and scores.strict is None
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_good_scores_pass_untouched():
         (scores(scaled=(0.1, 0.5, 1.01)), r"row 2, prompt 'third', the scaled score 1.01: the scale must map"),
         (scores(scaled=(-0.1, 0.5, 1.0)), "row 0, prompt 'first', the scaled score -0.1"),
         (scores(scaled=(0.5, float("nan"), 1.0)), "row 1, prompt 'second', the scaled score nan"),
-        (scores(raw=(1.0, 2.0)), r"raw scores of shape \(2,\) for 3 pictures"),
-        (scores(strict=torch.tensor([True])), r"strict scores of shape \(1,\) for 3 pictures"),
-        (scores(details=[{}]), "1 details for 3 pictures"),
+        (scores(raw=(1.0, 2.0)), r"raw scores of shape \(2,\) for 3 images"),
+        (scores(strict=torch.tensor([True])), r"strict scores of shape \(1,\) for 3 images"),
+        (scores(details=[{}]), "1 details for 3 images"),
         ([0.1, 0.5, 0.9], "returned list: return a vgpo.rewards.base.Scores"),
     ],
 )
@@ -71,9 +71,9 @@ def test_bad_scores_name_reward_row_and_remedy(bad, message):
 @pytest.mark.parametrize("timeout", [None, 30])
 def test_an_exception_becomes_a_reward_error_with_its_cause(timeout):
     with pytest.raises(
-        RewardError, match="'from_rows' failed on 3 pictures .first prompt 'first'.: KeyError: 'n'"
+        RewardError, match="'from_rows' failed on 3 images .first prompt 'first'.: KeyError: 'n'"
     ) as e:
-        score(FunctionReward(from_rows), IMAGES, PROMPTS, [{}] * 3, timeout=timeout)
+        score(Function(from_rows), IMAGES, PROMPTS, [{}] * 3, timeout=timeout)
     assert isinstance(e.value.__cause__, KeyError)
 
 
@@ -89,14 +89,14 @@ def test_an_exception_becomes_a_reward_error_with_its_cause(timeout):
 )
 def test_bad_inputs_are_the_callers_fault(images, prompts, message):
     with pytest.raises(ValueError, match=message):
-        score(FunctionReward(from_rows), images, prompts, ROWS)
+        score(Function(from_rows), images, prompts, ROWS)
 
 
 def test_a_hung_reward_is_an_error_and_does_not_keep_the_program_alive():
     program = """
         import time, numpy as np
-        from vgpo.rewards.base import FunctionReward, RewardError, score
-        hung = FunctionReward(lambda images, prompts, rows: time.sleep(600), "sleepy")
+        from vgpo.rewards.base import Function, RewardError, score
+        hung = Function(lambda images, prompts, rows: time.sleep(600), "sleepy")
         try: score(hung, np.zeros((1, 4, 4, 3), np.uint8), ["p"], [{}], timeout=0.2)
         except RewardError as error: print(error)
     """
@@ -128,29 +128,29 @@ def test_geneval_shapes_sees_what_the_tiny_world_painted():
     rng = random.Random(0)
     rows = [row for of_task in all_scenes().values() for row in rng.sample(of_task, min(len(of_task), 20))]
     images = np.stack([render_scene(row, rng) for row in rows])
-    reward = make_reward("geneval-shapes")
+    reward = make_reward("GenEvalShapes")
     assert reward.threshold == reward.counting_threshold == 0.6
-    judged = score(reward, images, [row["prompt"] for row in rows], rows)
-    assert judged.strict.float().mean() > 0.9 and judged.raw.mean() > 0.95
+    scores = score(reward, images, [row["prompt"] for row in rows], rows)
+    assert scores.strict.float().mean() > 0.9 and scores.raw.mean() > 0.95
     blank = score(reward, np.zeros_like(images), [row["prompt"] for row in rows], rows)
     assert not blank.strict.any() and blank.raw.max() == 0
-    assert make_reward("geneval-shapes", flow_grpo_compat=True, threshold=0.5).name == "geneval-flow-grpo"
+    assert make_reward("GenEvalShapes", flow_grpo_compat=True, threshold=0.5).name == "geneval-flow-grpo"
 
 
 def test_options_that_a_reward_does_not_have_are_named():
     with pytest.raises(ValueError, match="reward 'jpeg' cannot be made: .*unexpected keyword argument 'quallity'"):
-        make_reward("jpeg", quallity=50)
-    assert make_reward("vgpo.rewards.own:JPEG", quality=50).version != make_reward("jpeg").version
+        make_reward("JPEG", quallity=50)
+    assert make_reward("vgpo.rewards.own:JPEG", quality=50).version != make_reward("JPEG").version
 
 
 def test_two_rewards_of_one_kind_are_told_apart_by_a_label():
     parts, options = {"jpeg@fine": 1, "jpeg@coarse": 3}, {"jpeg@coarse": {"quality": 10}}
     noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    judged = score(configured_reward(RewardConfig(parts=parts, part_options=options)), noise, PROMPTS, ROWS)
-    assert list(judged.parts) == list(parts)
+    scores = score(configured_reward(RewardConfig(parts=parts, part_options=options)), noise, PROMPTS, ROWS)
+    assert list(scores.parts) == list(parts)
     for name, quality in (("jpeg@fine", 95), ("jpeg@coarse", 10)):
-        alone = score(make_reward("jpeg", quality=quality), noise, PROMPTS, ROWS)
-        assert torch.equal(judged.parts[name].raw, alone.raw)
+        alone = score(make_reward("JPEG", quality=quality), noise, PROMPTS, ROWS)
+        assert torch.equal(scores.parts[name].raw, alone.raw)
     with pytest.raises(ValueError, match="unknown reward 'jpg': known are"):
         make_reward("jpg@fine")
     with pytest.raises(ValueError, match="reward 'jpeg@fine' cannot be made: .*'quallity'"):
@@ -165,7 +165,7 @@ GOOD = torch.zeros(2)
 
 
 @pytest.mark.parametrize("judge, message", [
-    (leaves, "failed on 2 pictures .*SystemExit"),
+    (leaves, "failed on 2 images .*SystemExit"),
     (lambda *_: Scores(GOOD.double(), GOOD), "raw scores that are no torch.float32 tensor"),
     (lambda *_: Scores(GOOD, GOOD.long()), "scaled scores that are no torch.float32 tensor"),
     (lambda *_: Scores(GOOD, GOOD.numpy()), "scaled scores that are no torch.float32 tensor"),

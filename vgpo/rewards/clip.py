@@ -251,7 +251,7 @@ def load_open_clip(weights: str, revision: str | None, processor: str) -> CLIPMo
                          f"HPSv2 was trained with gelu: use {PickScore.processor}")
     state = from_open_clip(read_tensors(weights, revision))
     with torch.device("meta"): expected = {name: value.shape for name, value in CLIPModel(config).state_dict().items()}
-    check_weights(state, expected, f"weights {str(weights)!r} are not the checkpoint of an open_clip model of that size")
+    check_weights(state, expected, weights, "is it the checkpoint of an open_clip model of that size?")
     return CLIPModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
 
 # %% ../../nbs/rewards/47_clip.ipynb #c046

@@ -67,7 +67,7 @@ def published_name(name: str) -> str:
     return f"blip.visual_encoder.{rest}"
 
 # %% ../../nbs/rewards/48_imagereward.ipynb #c013
-def fill_network(network: RewardNetwork, state: Mapping[str, torch.Tensor], source: str = "weights") -> None:
+def fill_network(network: RewardNetwork, state: Mapping[str, torch.Tensor], source: str = "ImageReward.pt") -> None:
     """Fill `network` from `state`, a table of tensors under the published names.
 
     BLIP's unused projections may be among them. Raises ValueError, naming the first culprits, for weights that are
@@ -75,8 +75,8 @@ def fill_network(network: RewardNetwork, state: Mapping[str, torch.Tensor], sour
     """
     names = {published_name(name): name for name in network.state_dict()}
     expected = {theirs: network.state_dict()[ours].shape for theirs, ours in names.items()}
-    check_weights(state, expected, f"{source} is not an ImageReward checkpoint of this size: use the published "
-                  "ImageReward.pt, or give its sizes as vision, text", ignore=UNUSED.match)
+    check_weights(state, expected, source, "use the published ImageReward.pt, or give its sizes as vision, text",
+                  ignore=UNUSED.match)
     network.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
 
 # %% ../../nbs/rewards/48_imagereward.ipynb #c024
@@ -121,7 +121,7 @@ def __post_init__(self: ImageReward):
     check_fields(self)
     network = RewardNetwork(self.vision, self.text)
     self.tokenize = load_tokenizer(self.tokenizer, network.text.config.vocab_size)
-    fill_network(network, read_tensors(self.weights, self.revision), f"weights {str(self.weights)!r}")
+    fill_network(network, read_tensors(self.weights, self.revision), self.weights)
     for part in (network.vision, network.text): part.to(getattr(torch, self.dtype))
     self.network = network.to(self.device).eval().requires_grad_(False)
     side = network.vision.config.image_size

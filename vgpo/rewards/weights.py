@@ -82,16 +82,18 @@ def read_tensors(name: str, revision: str | None = None) -> dict[str, torch.Tens
     return dict(content)
 
 # %% ../../nbs/rewards/46_weights.ipynb #c014
-def check_weights(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], hint: str,
+def check_weights(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], source: str, hint: str,
                   ignore: Callable[[str], Any] = lambda name: False) -> None:
-    """Raise ValueError, with the first culprits and a hint, unless `state` has the expected names and shapes, and no
-    others but such as `ignore(name)` accepts.
+    """Raise ValueError, with the first culprits and a hint, unless `state`, read from `source`, has the expected names
+    and shapes, and no others but such as `ignore(name)` accepts.
     """
     wrong = [f"{name} is missing" for name in sorted(expected.keys() - state.keys())]
     wrong += [f"{name} is unknown" for name in sorted(state.keys() - expected.keys()) if not ignore(name)]
     wrong += [f"{name} is {tuple(value.shape)}, not {tuple(expected[name])}" for name, value in state.items()
               if name in expected and value.shape != expected[name]]
-    if wrong: raise ValueError(f"{'; '.join(wrong[:3])} ({len(wrong)} in all): {hint}")
+    if wrong:
+        raise ValueError(f"weights {str(source)!r} do not fit the model: {'; '.join(wrong[:3])} ({len(wrong)} in all); "
+                         f"{hint}")
 
 # %% ../../nbs/rewards/46_weights.ipynb #n905
 def load_whole(cls: type[PreTrainedModel], weights: str, revision: str | None = None, ignore: str | None = None):
