@@ -57,7 +57,7 @@ def test_sizes_depend_on_quality_and_codec_which_are_on_record():
     assert re.fullmatch(r"pillow [\d.]+, libjpeg [\d.]+, quality 30", low.version) and low.version != high.version
 
 
-@pytest.mark.parametrize("quality", [0, 101, -1, 95.0, "high", None])
+@pytest.mark.parametrize("quality", [0, 101, -1, 95.5, "high", None])
 def test_bad_quality(quality):
     with pytest.raises(ValueError, match=re.escape(f"JPEG.quality is {quality!r}; it must be")):
         JPEG(quality)

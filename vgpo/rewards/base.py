@@ -104,9 +104,10 @@ class Function(Reward):
 
     def __post_init__(self):
         super().__post_init__()
-        self.call = self.function if callable(self.function) else imported(self.function)
+        self.call = imported(self.function) if isinstance(self.function, str) else self.function
         if not callable(self.call):
-            raise ValueError(f"reward {str(self.function)!r} is a {type(self.call).__name__}, not a function")
+            named = self.name or str(self.function)
+            raise ValueError(f"reward {named!r} is a {type(self.call).__name__}, not a function")
         self.name = self.name or getattr(self.function, "__name__", str(self.function))
         self.version = self.name
 
