@@ -18,7 +18,8 @@ from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from vgpo.rewards.base import make_reward, score
-from vgpo.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore, collapse, from_open_clip, letterbox, read_tensors
+from vgpo.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore, collapse, from_open_clip, letterbox
+from vgpo.rewards.weights import read_tensors
 
 LETTERS = string.ascii_lowercase + string.digits + string.punctuation
 TOKENS = [*LETTERS, *(c + "</w>" for c in LETTERS), "<|startoftext|>", "<|endoftext|>"]

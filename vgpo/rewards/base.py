@@ -78,8 +78,10 @@ class Reward(ABC):
 class FunctionName(str):
     "The name `module:function` of something that can be imported; ValueError for a text of another form."
     def __new__(cls, name):
-        if not re.fullmatch(r"[\w.]+:[\w.]+", str(name)): raise ValueError("not of the form module:function")
+        if not re.fullmatch(r"[\w.]+:[\w.]+", str(name)):
+            raise ValueError(f"not of the form module:function; by name there are {', '.join(reward_classes())}")
         return super().__new__(cls, name)
+
 
 register_type(FunctionName, serializer=lambda name: str(FunctionName(name)))
 
