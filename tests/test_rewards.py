@@ -1,5 +1,6 @@
 "The reward interface: what `score` lets through, what it refuses, and how."
 
+import json
 import random
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import textwrap
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 from torch.testing import assert_close
 
+import vgpo
 from vgpo.rewards.base import (
     Combined,
     Function,
@@ -21,6 +24,7 @@ from vgpo.rewards.base import (
     RewardError,
     Scores,
     make_reward,
+    networks_of,
     options_of,
     reward_classes,
     score,
@@ -290,3 +294,13 @@ def test_scores_of_another_kind_and_judges_that_leave_are_errors(answer, message
 
     with pytest.raises(RewardError, match=f"reward 'mine' .*{message}"):
         score(Mine(), np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])
+
+
+def test_networks_of_rewards_are_described_once_and_all_are_needed():
+    described = json.loads((Path(vgpo.__file__).parent / "model_configs" / "rewards.json").read_text())
+    named = [network for cls in reward_classes().values() if cls.__module__.startswith("vgpo.") for network in cls.networks]
+    assert set(named) == set(described)
+    parts = {"a": "GenEval", "b": {"class_path": "Aesthetic", "init_args": {"device": "cuda", "dtype": "bfloat16"}}, "c": "x:y"}
+    found = networks_of({"class_path": "Combined", "init_args": {"rewards": parts, "weights": {}}})
+    assert found == [("Mask2Former Swin-S", "cpu", "float32"), ("CLIP ViT-L/14", "cpu", "float32"),
+                     ("CLIP ViT-L/14", "cuda", "bfloat16")]  # fmt: skip

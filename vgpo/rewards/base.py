@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RewardSpec', 'RewardError', 'Scores', 'Reward', 'FunctionName', 'imported', 'Function', 'check_images',
            'check_inputs', 'check_tensor', 'check_values', 'check_scores', 'run_with_timeout', 'score',
-           'all_subclasses', 'reward_classes', 'options_of', 'build_reward', 'make_reward', 'Combined']
+           'all_subclasses', 'reward_classes', 'options_of', 'build_reward', 'make_reward', 'Combined', 'networks_of']
 
 # %% ../../nbs/world/20_rewards.ipynb #c002
 import importlib
@@ -291,3 +291,15 @@ class Combined(Reward):
 def check_row(self: Combined, row: dict) -> None:
     "Raise ValueError for a row that one of the parts cannot score."
     for reward in self.rewards.values(): reward.check_row(row)
+
+# %% ../../nbs/world/20_rewards.ipynb #n921
+def networks_of(spec: str | dict) -> list[tuple[str, str, str]]:
+    """(network, device, dtype) of each network of a reward that a name or data {class_path, init_args} stands for.
+
+    Networks are entries of `model_configs/rewards.json`; a function, or a class from elsewhere, has none that we know.
+    """
+    data = {"class_path": spec} if isinstance(spec, str) else spec
+    options = data.get("init_args") or {}
+    if "rewards" in options: return [found for part in options["rewards"].values() for found in networks_of(part)]
+    cls = reward_classes().get(data["class_path"].rpartition(".")[2], Function)
+    return [(network, options.get("device", "cpu"), options.get("dtype", "float32")) for network in cls.networks]
