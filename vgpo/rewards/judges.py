@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from .base import RewardError, Scores
-from .http import CallError, Endpoint, beginning, call, image_base64
+from .remote import CallError, Endpoint, call, image_base64, truncate
 
 # %% ../../nbs/rewards/51_judges.ipynb #c005
 def messages(question: str, image) -> list[dict]:
@@ -85,7 +85,7 @@ def first_choice(answer: dict) -> dict:
     if isinstance(choices, list) and choices and isinstance(choices[0], dict) and isinstance(
             choices[0].get("message"), dict):
         return choices[0]
-    raise CallError(f"not a chat completion: {beginning(json.dumps(answer))}")
+    raise CallError(f"not a chat completion: {truncate(json.dumps(answer))}")
 
 
 def answer_text(choice: dict) -> str:
@@ -99,7 +99,7 @@ class Judge:
 
     model: its name at the server. url: where `/chat/completions` is found. question: a text with {prompt} in it.
     concurrency: questions under way at once. resolution: see `resized`. extra: further fields of the request (None
-    removes one). network: fields of vgpo.rewards.http.Endpoint, such as key_env and read_timeout.
+    removes one). network: fields of vgpo.rewards.remote.Endpoint, such as api_key_env and read_timeout.
     """
     question, settings = "", {}
 
@@ -112,7 +112,7 @@ class Judge:
         if "{prompt}" not in self.question: raise ValueError("the question must have {prompt} where the prompt goes")
         fields = {"model": model, "temperature": 0} | self.settings | (extra or {})
         self.fields = {key: value for key, value in fields.items() if value is not None}
-        self.endpoint, self.resolution = Endpoint(url, **network), resolution
+        self.endpoint, self.resolution = Endpoint(url=url, **network), resolution
         self.pool = ThreadPoolExecutor(concurrency)
         shape = json.dumps([self.name, self.scale, self.question, self.fields, resolution], sort_keys=True)
         self.version = f"{model} by chat completion, request {hashlib.sha256(shape.encode()).hexdigest()[:8]}"
@@ -132,7 +132,7 @@ def ask(judge: Judge, image, prompt: str) -> tuple[float, dict]:
     except ValueError as e:
         cut = " (cut off: raise max_tokens in extra)" if choice.get("finish_reason") == "length" else ""
         raise RewardError(f"{e} in the answer about {prompt!r}{cut}, which begins: "
-                          f"{beginning(answer_text(choice))!r}") from None
+                          f"{truncate(answer_text(choice))!r}") from None
 
 # %% ../../nbs/rewards/51_judges.ipynb #c023
 class UnifiedReward(Judge):

@@ -97,7 +97,7 @@ class OCR(Reward):
     def __post_init__(self):
         check_fields(self)
         width = self.width or (48 if self.mode == "recognise" else 320)
-        self.engines = [make_engine(width, self.batch_size) for _ in range(self.threads)]
+        self.engines = [make_engine(width, int(self.batch_size)) for _ in range(self.threads)]
         self.pool, self.version = ThreadPoolExecutor(self.threads), engine_version(self.engines[0])
 
     def check_row(self, row):
