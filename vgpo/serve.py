@@ -9,20 +9,19 @@ __all__ = ['make_parser', 'serve_reward', 'main']
 import sys
 from collections.abc import Callable
 
-import jsonargparse
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt
 
-from .config import Parser
 from .rewards.base import Reward, make_reward, reward_classes
 from .rewards.remote import KEY_ENV, read_key
 
 # %% ../nbs/practice/89_serve.ipynb #c006
-def make_parser(limits: type) -> Parser:
+def make_parser(limits: type) -> ArgumentParser:
     "The command line; `limits` is the dataclass of the server's limits."
     reward_classes()  # imports them, so that they are known by their names
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog="python -m vgpo.serve", allow_abbrev=False,
-                    description="Serve a reward over HTTP (POST /score and GET /health) until interrupted.")
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="python -m vgpo.serve", exit_on_error=False, allow_abbrev=False,
+                            description="Serve a reward over HTTP (POST /score and GET /health) until interrupted.")
     parser.add_argument("--reward", type=Callable[[], Reward] | str, required=True,
                         help="what scores the images: a class of rewards with its options, or `module:function`")
     parser.add_argument("--port", type=NonNegativeInt, default=8901, help="where to listen; 0 picks a free port")
@@ -35,8 +34,9 @@ def make_parser(limits: type) -> Parser:
 
 # %% ../nbs/practice/89_serve.ipynb #c008
 def serve_reward(argv: list[str] | None):
-    "Serve the reward of a command line until interrupted. ValueError, OSError or ImportError of one line."
-    try: from vgpo.rewards.server import Limits, make_app, make_server, open_socket
+    "Serve the reward of a command line until interrupted. ArgumentError, ValueError, OSError or ImportError."
+    try:
+        from vgpo.rewards.server import Limits, make_app, make_server, open_socket
     except ModuleNotFoundError as e:
         raise ValueError(f"{e.name} is missing: pip install starlette uvicorn pydantic") from None
     parser = make_parser(Limits)
@@ -53,7 +53,7 @@ def serve_reward(argv: list[str] | None):
 def main(argv: list[str] | None = None):
     "The program; `argv` is the command line without its first word."
     try: serve_reward(argv)
-    except (ValueError, OSError, ImportError) as e: sys.exit(f"error: {e}")
+    except (ArgumentError, ValueError, OSError, ImportError) as e: sys.exit(f"error: {' '.join(str(e).split())}")
     except KeyboardInterrupt: pass  # the server has shut down in order by then
 
 # %% ../nbs/practice/89_serve.ipynb #c025
