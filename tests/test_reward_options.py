@@ -5,7 +5,6 @@ import types
 from dataclasses import dataclass, fields
 
 import pytest
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vgpo.rewards.base import Combined, Function, Reward, RewardSpec, make_reward, reward_classes
@@ -68,11 +67,10 @@ def test_functions_and_classes_of_ones_own():
     assert make_reward("own_rewards.Own", level=1.0) == Own(1.0)
 
 
-def test_options_are_plain_data_that_any_writer_takes():
+def test_names_of_functions_are_plain_text_that_any_writer_takes():
     line = ["--reward", "Combined", "--reward.rewards", "{a: OCR, b: 'own_rewards:half'}", "--reward.weights", "{a: 1, b: 2}"]
-    for words in (["--reward", "own_rewards:half"], line):
-        data = parser().parse_args(words).as_dict()["reward"]
-        assert yaml.safe_load(yaml.safe_dump(data)) == data
+    assert type(parser().parse_args(["--reward", "own_rewards:half"]).reward) is str
+    assert type(parser().parse_args(line).reward.init_args.rewards["b"]) is str
 
 
 def test_nothing_is_loaded_until_the_reward_is_made(monkeypatch):

@@ -111,8 +111,7 @@ class Function(Reward):
         self.call = imported(self.function) if isinstance(self.function, str) else self.function
         if not callable(self.call):
             raise ValueError(f"reward {(self.name or str(self.function))!r} is a {type(self.call).__name__}, not a function")
-        self.name = self.name or getattr(self.function, "__name__", str(self.function))
-        self.version = self.name
+        self.name = self.version = self.name or getattr(self.function, "__name__", str(self.function))
 
     def __call__(self, images, prompts, metadata):
         raw = torch.as_tensor(self.call(images, prompts, metadata, **self.options), dtype=torch.float32)
@@ -228,10 +227,9 @@ def options_of(spec: str | type[Reward]) -> list[str]:
 
 def build_reward(cls: type[Reward], options: dict[str, Any]) -> Reward:
     "A Reward of a class with `options`; ValueError that names one that it does not have, lacks, or cannot take."
-    known = options_of(cls)
-    stray = [name for name in options if name not in known]
+    stray = [name for name in options if name not in options_of(cls)]
     if stray and is_dataclass(cls):
-        raise ValueError(f"reward {cls.__name__} has no option {stray[0]!r}; it has {', '.join(known) or 'none'}")
+        raise ValueError(f"reward {cls.__name__} has no option {stray[0]!r}; it has {', '.join(options_of(cls))}")
     try: return cls(**options)
     except TypeError as e: raise ValueError(f"reward {cls.__name__} cannot be made: {e}") from e
 
@@ -240,11 +238,10 @@ RewardSpec = FunctionName | Callable[[], Reward]  # the type of an option that s
 
 
 def make_reward(spec: Any, **options: Any) -> Reward:
-    """The reward that `spec` stands for: a class by its name or import path; 'module:function' for a function as
-    Function takes it; data {class_path, init_args}; a class; a factory, which is called; or a Reward, which it is.
+    """The reward of a class's name or import path, 'module:function', data {class_path, init_args}, a class or a factory.
 
-    `options` are the fields of the class, or further arguments of the function. Raises ValueError, in one line, for a
-    name that leads nowhere and for options that do not fit, and what making it raises.
+    `options` are the fields of the class, or arguments of the function. Raises ValueError, in one line, for a name that
+    leads nowhere and for options that do not fit, and what making it raises. A Reward is returned as it is.
     """
     if isinstance(spec, Reward): return spec
     if isinstance(spec, dict): return make_reward(spec["class_path"], **(spec.get("init_args") or {}) | options)
@@ -271,7 +268,7 @@ class Combined(Reward):
     def __post_init__(self):
         super().__post_init__()
         total = sum(self.weights.values())
-        if set(self.rewards) != set(self.weights) or min(self.weights.values()) < 0 or not 0 < total < float("inf"):
+        if set(self.rewards) != set(self.weights) or not 0 < total < float("inf") or min(self.weights.values()) < 0:
             raise ValueError(f"reward Combined has the rewards {', '.join(self.rewards)} and the weights {self.weights}: "
                              "give each reward a weight, none of them negative and one above 0")
         self.rewards = {name: make_reward(spec) for name, spec in self.rewards.items()}
