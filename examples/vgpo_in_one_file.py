@@ -33,7 +33,7 @@ from peft import LoraConfig
 from tqdm import tqdm
 
 import vgpo
-from vgpo.world.detector import geneval_shapes
+from vgpo.world.detector import GenEvalShapes
 from vgpo.world.scenes import split_scenes
 
 # Sampling: P * G = 128 images per epoch, each with its path of T + 1 states.
@@ -219,7 +219,7 @@ def main(argv=None):
 
     torch.manual_seed(options.seed)
     rng = random.Random(options.seed)
-    pipe, reward = load_pipeline(), geneval_shapes()
+    pipe, reward = load_pipeline(), GenEvalShapes()
     pipe.transformer.add_adapter(LORA)  # its output starts at 0, so the velocity is still that of the frozen model
     weights = [p for p in pipe.transformer.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in weights]

@@ -18,7 +18,8 @@ from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from vgpo.rewards.base import make_reward, score
-from vgpo.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore, collapse, from_open_clip, letterbox, read_tensors
+from vgpo.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore, collapse, from_open_clip, letterbox
+from vgpo.rewards.weights import read_tensors
 
 LETTERS = string.ascii_lowercase + string.digits + string.punctuation
 TOKENS = [*LETTERS, *(c + "</w>" for c in LETTERS), "<|startoftext|>", "<|endoftext|>"]
@@ -63,14 +64,14 @@ def folder(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images():
-    "Five wide pictures: noise, and a blank one."
+    "Five wide images: noise, and a blank one."
     images = np.random.default_rng(0).integers(0, 256, (5, 40, 70, 3)).astype(np.uint8)
     images[3] = 0
     return images
 
 
 def crop_by_hand(image):
-    "CLIP's preprocessing of one picture at least as wide as high: Pillow, numpy and its settings."
+    "CLIP's preprocessing of one image at least as wide as high: Pillow, numpy and its settings."
     width = SIZE * image.shape[1] // image.shape[0]
     small = Image.fromarray(image).resize((width, SIZE), Image.BICUBIC)
     left = (width - SIZE) // 2
@@ -86,7 +87,7 @@ def token_ids(prompt):
 
 @torch.no_grad()
 def cosine_by_hand(model, image, prompt):
-    "The cosine of a picture and a prompt, alone in their batches, from the model's submodules."
+    "The cosine of an image and a prompt, alone in their batches, from the model's submodules."
     eye, ids = model.vision_model, torch.tensor([token_ids(prompt)])
     x = eye.encoder(eye.pre_layrnorm(eye.embeddings(crop_by_hand(image)[None]))).last_hidden_state[0, 0]
     x = model.visual_projection.weight @ eye.post_layernorm(x)
@@ -100,26 +101,26 @@ def cosines(tiny, images):
 
 
 def test_clipscore_is_the_cosine_and_negative_ones_are_zero(folder, images, cosines):
-    judged = score(make_reward("clipscore", weights=folder), images, PROMPTS, ROWS)
-    assert_close(judged.raw, cosines, atol=1e-5, rtol=0)
-    assert_close(judged.scaled, cosines.clamp(min=0), atol=1e-5, rtol=0)
-    assert judged.raw.dtype == torch.float32 and judged.strict is None
+    scores = score(make_reward("CLIPScore", weights=folder), images, PROMPTS, ROWS)
+    assert_close(scores.raw, cosines, atol=1e-5, rtol=0)
+    assert_close(scores.scaled, cosines.clamp(min=0), atol=1e-5, rtol=0)
+    assert scores.raw.dtype == torch.float32 and scores.strict is None
     assert (cosines < 0).any() and (cosines > 0).any() and cosines.std() > 0.05  # the test would notice a mix-up
 
 
 def test_pickscore_is_the_cosine_times_exp_of_the_logit_scale(folder, images, cosines, monkeypatch):
-    reward = make_reward("pickscore", weights=folder, processor=folder)
-    judged = score(reward, images, PROMPTS, ROWS)
-    assert_close(judged.raw, 100 * cosines, atol=1e-3, rtol=0)
-    assert_close(judged.scaled, (100 * cosines / 26).clamp(0, 1), atol=1e-4, rtol=0)
+    reward = make_reward("PickScore", weights=folder, processor=folder)
+    scores = score(reward, images, PROMPTS, ROWS)
+    assert_close(scores.raw, 100 * cosines, atol=1e-3, rtol=0)
+    assert_close(scores.scaled, (100 * cosines / 26).clamp(0, 1), atol=1e-4, rtol=0)
     monkeypatch.setattr(reward, "temperature", 1000.0)  # beyond what any checkpoint gives: still within [0, 1]
     assert score(reward, images, PROMPTS, ROWS).scaled.max() == 1
-    assert PickScore.published == "yuvalkirstain/PickScore_v1"
-    assert PickScore.published_processor == HPSv2.published_processor == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    assert CLIPScore.published == Aesthetic.published == "openai/clip-vit-large-patch14"
+    assert PickScore.weights == "yuvalkirstain/PickScore_v1"
+    assert PickScore.processor == HPSv2.processor == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert CLIPScore.weights == Aesthetic.weights == "openai/clip-vit-large-patch14"
 
 
-def test_the_judge_sees_the_middle_of_the_picture_scaled_by_pillow(folder, images):
+def test_the_network_sees_the_middle_of_the_image_scaled_by_pillow(folder, images):
     reward = CLIPScore(folder)
     assert reward.preprocess.backend == "pil"
     assert_close(reward.pixels(images), torch.stack([crop_by_hand(i) for i in images]), atol=1e-6, rtol=0)
@@ -165,7 +166,7 @@ def test_prompts_count_up_to_77_tokens(folder, tiny, images):
 
 
 @pytest.mark.parametrize("color", [0, 255])
-def test_blank_pictures_and_empty_prompts_are_judged(folder, color):
+def test_blank_images_and_empty_prompts_are_scored(folder, color):
     blank = np.full((1, 64, 64, 3), color, np.uint8)
     for prompt in ("", "x"):
         assert score(CLIPScore(folder), blank, [prompt], [{}]).raw.isfinite().all()
@@ -175,9 +176,9 @@ def test_bfloat16_keeps_the_temperature_and_roughly_the_scores(folder, images, c
     reward = PickScore(folder, folder, dtype="bfloat16")
     assert reward.model.dtype == torch.bfloat16 and "bfloat16" in reward.version
     assert reward.temperature == pytest.approx(100, rel=1e-6)  # exp of the logit scale in bfloat16 would be 98.86
-    judged = score(reward, images, PROMPTS, ROWS)
-    assert judged.raw.dtype == torch.float32
-    assert_close(judged.raw / 100, cosines, atol=0.05, rtol=0)  # 2^-8 relative in each of some ten products in a row
+    scores = score(reward, images, PROMPTS, ROWS)
+    assert scores.raw.dtype == torch.float32
+    assert_close(scores.raw / 100, cosines, atol=0.05, rtol=0)  # 2^-8 relative in each of some ten products in a row
 
 
 # Aesthetic
@@ -206,14 +207,14 @@ def head(mlp, tmp_path_factory):
 
 def test_aesthetic_is_the_layered_network_on_the_unit_vector(folder, tiny, images, mlp, head):
     assert sorted(mlp.state_dict())[::2] == [f"layers.{n}.bias" for n in (0, 2, 4, 6, 7)]  # as in the published file
-    reward = make_reward("aesthetic", weights=folder, head=head)
-    judged = score(reward, images, PROMPTS, ROWS)
+    reward = make_reward("Aesthetic", weights=folder, head=head)
+    scores = score(reward, images, PROMPTS, ROWS)
     with torch.no_grad():
         x = tiny.get_image_features(torch.stack([crop_by_hand(i) for i in images])).pooler_output
         truth = mlp["layers"](x / x.norm(dim=-1, keepdim=True))[:, 0]
-    assert_close(judged.raw, truth, atol=1e-5, rtol=0)
-    assert_close(judged.scaled, (truth / 10).clamp(0, 1), atol=1e-6, rtol=0)
-    assert torch.equal(score(reward, images, ["other"] * 5, ROWS).raw, judged.raw)  # the prompt does not count
+    assert_close(scores.raw, truth, atol=1e-5, rtol=0)
+    assert_close(scores.scaled, (truth / 10).clamp(0, 1), atol=1e-6, rtol=0)
+    assert torch.equal(score(reward, images, ["other"] * 5, ROWS).raw, scores.raw)  # the prompt does not count
     assert truth.std() > 0.01
 
 
@@ -342,15 +343,15 @@ def letterbox_by_hand(image):
 def test_hpsv2_is_open_clips_cosine_on_the_letterboxed_picture(folder, open_clip, checkpoint, images, turned):
     if turned:
         images = images.transpose(0, 2, 1, 3).copy()
-    reward = make_reward("hpsv2", weights=checkpoint, processor=folder)
+    reward = make_reward("HPSv2", weights=checkpoint, processor=folder)
     pixels = torch.stack([letterbox_by_hand(i) for i in images])
     assert_close(reward.pixels(images), pixels, atol=2e-5, rtol=0)
-    judged = score(reward, images, PROMPTS, ROWS)
+    scores = score(reward, images, PROMPTS, ROWS)
     with torch.no_grad():
         truth = torch.tensor([open_clip(x, p) for x, p in zip(pixels, PROMPTS, strict=True)])
-    assert_close(judged.raw, truth, atol=1e-4, rtol=0)  # a factor 10 below the spread that is required here:
+    assert_close(scores.raw, truth, atol=1e-4, rtol=0)  # a factor 10 below the spread that is required here:
     assert truth.std() > 1e-3
-    assert_close(judged.scaled, truth.clamp(min=0), atol=1e-4, rtol=0)
+    assert_close(scores.scaled, truth.clamp(min=0), atol=1e-4, rtol=0)
 
 
 def test_the_map_of_names_is_one_to_one(open_clip):
@@ -423,18 +424,18 @@ def test_hpsv2_cleans_prompts_as_open_clip_does(folder, checkpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype must be 'float32', 'bfloat16' or 'float16', got 'int8'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"dtype": "int8"}, "CLIPScore.dtype is 'int8'; it must be one of 'float32', 'bfloat16', 'float16'"),
+        ({"batch_size": 0}, "CLIPScore.batch_size is 0; it must be a number v with v>0"),
         ({"revision": "v2"}, "revision 'v2' has no meaning for the local .*leave it out"),
     ],
 )
 def test_bad_options(folder, options, message):
     with pytest.raises(ValueError, match=message):
-        make_reward("clipscore", weights=folder, **options)
+        make_reward("CLIPScore", weights=folder, **options)
 
 
 def test_an_unknown_option_is_named(folder):
-    for name in ("clipscore", "hpsv2", "aesthetic"):
+    for name in ("CLIPScore", "HPSv2", "Aesthetic"):
         with pytest.raises(ValueError, match="batchsize"):
             make_reward(name, weights=folder, batchsize=2)
 
@@ -461,7 +462,7 @@ def test_what_cannot_be_found_is_named_with_a_remedy(folder, tmp_path, monkeypat
 def test_weights_of_half_a_model_are_refused(folder, tiny, tmp_path):
     tiny.text_model.save_pretrained(tmp_path / "text")
     with pytest.raises(
-        ValueError, match="'.*text' are not those of a whole CLIP model: .* missing or of another shape"
+        ValueError, match="'.*text' are not those of a whole CLIPModel: .* missing or of another shape"
     ):
         CLIPScore(tmp_path / "text", folder)
     shutil.copytree(folder, tmp_path / "shape")

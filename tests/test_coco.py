@@ -25,11 +25,11 @@ from vgpo.rewards.coco import (
     COCO_CLASSES,
     COLORS,
     CocoDetector,
+    GenEval,
     ColorClassifier,
     check_names,
     cut_out,
     find_instances,
-    geneval,
     load_mask2former,
     make_processor,
     mask_box,
@@ -134,8 +134,8 @@ def test_pictures_are_scaled_padded_and_not_stretched(size, resized, padded):
     images = np.random.default_rng(0).integers(0, 256, (2, *size, 3)).astype(np.uint8)
     pixels, found = to_pixels(images, make_processor())
     assert found == resized and pixels.shape == (2, 3, *padded) and pixels.dtype == torch.float32
-    for picture, got in zip(images, pixels, strict=True):
-        expected = np.asarray(Image.fromarray(picture).resize(resized[::-1], Image.BILINEAR), np.float64) / 255
+    for image, got in zip(images, pixels, strict=True):
+        expected = np.asarray(Image.fromarray(image).resize(resized[::-1], Image.BILINEAR), np.float64) / 255
         expected = torch.tensor((expected - IMAGENET_MEAN) / IMAGENET_STD, dtype=torch.float32).permute(2, 0, 1)
         torch.testing.assert_close(got[:, : resized[0], : resized[1]], expected, atol=1e-5, rtol=0)
         assert (got[:, resized[0] :] == 0).all() and (got[:, :, resized[1] :] == 0).all()
@@ -180,8 +180,8 @@ def find_slowly(class_logits, mask_logits, padded, resized, size, top):
 @pytest.mark.parametrize(
     ("padded", "resized", "size"),
     [
-        ((32, 64), (24, 50), (18, 37)),  # padding on both sides, the picture smaller than the input
-        ((64, 32), (64, 21), (70, 23)),  # padding on the right, the picture larger
+        ((32, 64), (24, 50), (18, 37)),  # padding on both sides, the image smaller than the input
+        ((64, 32), (64, 21), (70, 23)),  # padding on the right, the image larger
         ((32, 32), (32, 32), (20, 20)),
     ],
 )
@@ -243,19 +243,19 @@ def test_boxes_of_drawn_rectangles_are_exact(size, resized, padded):
     for (name, box, p), s, c, mask in zip(scene, *found, strict=True):
         x0, y0, x1, y1 = mask_box(mask.numpy())
         assert COCO_CLASSES[c] == name and (x0, y0, x1, y1) == box and mask[y0:y1, x0:x1].float().mean() > 0.999
-        y, x = np.mgrid[y0:y1, x0:x1] + 0.5  # mean sigmoid of the distances, at the picture's own pixels
+        y, x = np.mgrid[y0:y1, x0:x1] + 0.5  # mean sigmoid of the distances, at the image's own pixels
         distance = np.minimum(np.minimum(x - x0, x1 - x), np.minimum(y - y0, y1 - y))
         assert s.item() == pytest.approx(p * (1 / (1 + np.exp(-10 * distance))).mean(), abs=1e-3)
 
 
 def test_cut_out():
-    picture = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
     mask = np.zeros((4, 5), bool)
     mask[1, 2] = mask[2, 3] = True
     box = mask_box(mask)
-    crop = cut_out(picture, mask, box)
+    crop = cut_out(image, mask, box)
     assert box == (2, 1, 4, 3) and crop.shape == (2, 2, 3) and crop.dtype == np.uint8
-    assert (crop[0, 0] == picture[1, 2]).all() and (crop[1, 1] == picture[2, 3]).all()
+    assert (crop[0, 0] == image[1, 2]).all() and (crop[1, 1] == image[2, 3]).all()
     assert (crop[0, 1] == 153).all() and (crop[1, 0] == 153).all()
 
 
@@ -298,10 +298,10 @@ def test_colors_against_an_independent_computation(folders, tmp_path):
 
 def test_the_whole_chain_on_a_real_tiny_network(folders):
     images = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3)).astype(np.uint8)
-    detector = CocoDetector(**folders, min_score=0.0)  # both pictures in one batch
+    detector = CocoDetector(**folders, min_score=0.0)  # both images in one batch
     found = detector(images)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(folders["weights"]).eval()
-    for image, detections in zip(images, found, strict=True):  # the same by hand, one picture at a time
+    for image, detections in zip(images, found, strict=True):  # the same by hand, one image at a time
         pixels, resized = to_pixels(image[None], make_processor())
         with torch.no_grad():
             out = model(pixel_values=pixels)
@@ -374,50 +374,50 @@ CASES = [  # scene, row, right?, soft
 
 def test_verdicts_on_drawn_scenes(folders):
     scenes, rows, verdicts, soft = zip(*CASES, strict=True)
-    pictures = np.stack([draw(s, SIZE) for s in scenes])
-    reward = make_reward("geneval", **folders, batch_size=len(scenes))
+    images = np.stack([draw(s, SIZE) for s in scenes])
+    reward = make_reward("GenEval", **folders, batch_size=len(scenes))
     reward.detector.model = Told(scenes, SIZE)
-    for scene, found in zip(scenes, reward.detector(pictures), strict=True):
+    for scene, found in zip(scenes, reward.detector(images), strict=True):
         drawn = {(name, box, color) for name, box, p, color in scene if p > 0.3}
         assert {(d.label, d.box, d.color) for d in found} == drawn
-    judged = score(reward, pictures, [r["prompt"] for r in rows], list(rows))
-    assert judged.strict.tolist() == list(verdicts)
-    np.testing.assert_allclose(judged.raw.numpy(), soft, atol=1e-6)
-    assert "found 1" in judged.details[6]["reasons"][0] and judged.details[11]["found"] == {"dog": 1, "zebra": 1}
+    scores = score(reward, images, [r["prompt"] for r in rows], list(rows))
+    assert scores.strict.tolist() == list(verdicts)
+    np.testing.assert_allclose(scores.raw.numpy(), soft, atol=1e-6)
+    assert "found 1" in scores.details[6]["reasons"][0] and scores.details[11]["found"] == {"dog": 1, "zebra": 1}
 
     golden = {0: 1.0, 1: 0.75, 7: 0.5, 10: 0.75}  # one colour wrong, or the position wrong: 0.75
-    compat = geneval(**folders, flow_grpo_compat=True)
+    compat = GenEval(**folders, flow_grpo_compat=True)
     compat.detector.model = Told([scenes[i] for i in golden], SIZE)
     rows = [rows[i] for i in golden]
-    raw = score(compat, pictures[list(golden)], [r["prompt"] for r in rows], rows).raw
+    raw = score(compat, images[list(golden)], [r["prompt"] for r in rows], rows).raw
     np.testing.assert_allclose(raw.numpy(), list(golden.values()), atol=1e-6)
 
 
 def test_colors_are_computed_only_where_a_clause_asks(folders):
     asked = []
-    reward = geneval(**folders)
+    reward = GenEval(**folders)
     scene = [("cup", LEFT, 0.9, "green"), ("dog", RIGHT, 0.9, "orange"), ("zebra", (100, 5, 140, 45), 0.9, "red")]
     reward.detector.model = Told([scene], SIZE)
     model, look = reward.detector.colors.model, reward.detector.colors.model.get_image_features
     model.get_image_features = lambda pixels: asked.append(len(pixels)) or look(pixels)
-    picture = draw(scene, SIZE)[None]
-    score(reward, picture, [""], [row("two_object", thing("cup"), thing("dog"))])
+    image = draw(scene, SIZE)[None]
+    score(reward, image, [""], [row("two_object", thing("cup"), thing("dog"))])
     assert asked == []
-    score(reward, picture, [""], [row("colors", thing("dog", color="orange"))])
+    score(reward, image, [""], [row("colors", thing("dog", color="orange"))])
     assert asked == [1]  # the dog, once, although two rules read its colour
 
 
-def test_rows_that_cannot_be_judged(folders):
-    reward = geneval(**folders)
-    picture = np.zeros((1, 32, 32, 3), np.uint8)
+def test_rows_that_cannot_be_scored(folders):
+    reward = GenEval(**folders)
+    image = np.zeros((1, 32, 32, 3), np.uint8)
     for clause, message in [
         (thing("remote"), "prompt 'a photo, colors': unknown class 'remote': use one of vgpo.rewards.coco.COCO_CL"),
         (thing("dog", color="grey"), "unknown color 'grey': use one of vgpo.rewards.coco.COLORS"),
     ]:
         with pytest.raises(RewardError, match=message):
-            score(reward, picture, ["a photo"], [row("colors", clause)])
+            score(reward, image, ["a photo"], [row("colors", clause)])
     with pytest.raises(RewardError, match="unknown tag"):  # the rules' own checks still come first
-        score(reward, picture, ["a photo"], [{"tag": "remote"}])
+        score(reward, image, ["a photo"], [{"tag": "remote"}])
     with pytest.raises(ValueError, match="unknown class 'mouse'"):
         check_names(row("counting", thing("dog", 2), exclude=[thing("mouse", 3)]))
     with pytest.raises(ValueError, match=r"images must be a uint8 numpy array .*float64 \(1, 2, 2, 3\)"):
@@ -425,10 +425,10 @@ def test_rows_that_cannot_be_judged(folders):
 
 
 def test_options_and_version(folders, tmp_path):
-    reward = geneval(**folders, threshold=0.4, counting_threshold=0.2, max_per_class=3)
+    reward = GenEval(**folders, threshold=0.4, counting_threshold=0.2, max_per_class=3)
     assert (reward.threshold, reward.counting_threshold, reward.max_per_class, reward.closed) == (0.4, 0.2, 3, False)
-    assert reward.detector.min_score == 0.2 and reward.name == "geneval"
-    default = geneval(**folders)
+    assert reward.detector.min_score == 0.2 and reward.name == "GenEval"
+    default = GenEval(**folders)
     assert (default.threshold, default.counting_threshold, default.max_per_class) == (0.3, 0.9, 16)
     assert default.version == reward.version and "\n" not in reward.version
     for part in (
@@ -441,17 +441,17 @@ def test_options_and_version(folders, tmp_path):
     model = CLIPModel.from_pretrained(other)
     model.logit_scale.data += 1
     model.save_pretrained(other)
-    changed = geneval(weights=folders["weights"], clip_weights=str(other))
+    changed = GenEval(weights=folders["weights"], clip_weights=str(other))
     assert changed.version != reward.version
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        geneval(**folders, batch_size=0)
+    with pytest.raises(ValueError, match="GenEval.batch_size is 0; it must be a number v with v>0"):
+        GenEval(**folders, batch_size=0)
     with pytest.raises(TypeError, match="colour"):
-        geneval(**folders, colour=True)
+        GenEval(**folders, colour=True)
     tiny_mask2former(num_labels=133).save_pretrained(tmp_path / "panoptic")
     with pytest.raises(ValueError, match="panoptic knows 133 classes, not COCO's 80: use a '...-coco-instance' check"):
-        geneval(weights=str(tmp_path / "panoptic"), clip_weights=folders["clip_weights"])
-    with pytest.raises(ValueError, match="dtype must be 'float32', 'bfloat16' or 'float16', got 'half'"):
-        geneval(**folders, dtype="half")
+        GenEval(weights=str(tmp_path / "panoptic"), clip_weights=folders["clip_weights"])
+    with pytest.raises(ValueError, match="GenEval.dtype is 'half'; it must be one of 'float32', 'bfloat16', 'float16'"):
+        GenEval(**folders, dtype="half")
 
 
 def test_incomplete_weights_are_refused(folders, tmp_path):
@@ -461,7 +461,7 @@ def test_incomplete_weights_are_refused(folders, tmp_path):
     state = load_file(lame / "model.safetensors")
     del state["class_predictor.weight"]
     save_file(state, lame / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lame' are not those of a whole Mask2Former: class_predictor.weight and 0 mo"):
+    with pytest.raises(ValueError, match="lame' are not those of a whole Mask2FormerForUniversalSegmentation: class_predictor.weight and 0 mo"):
         load_mask2former(str(lame))
     state = load_file(folders["weights"] + "/model.safetensors")
     assert "criterion.empty_weight" in state  # a buffer of the training loss, which nobody needs here
@@ -479,7 +479,7 @@ def test_hub_names_load_and_their_commits_are_recorded(folders, tmp_path, monkey
         shutil.copytree(folders[key], repo / "snapshots" / (digit * 40))
         (repo / "refs").mkdir()
         (repo / "refs" / "main").write_text(digit * 40)
-    version = geneval(**names).version
+    version = GenEval(**names).version
     assert f"Mask2Former facebook/tiny@{'1' * 12}, CLIP openai/small@{'2' * 12} in float32" in version
 
 

@@ -1,4 +1,4 @@
-"""The shape detector: against what was drawn, against IoU by hand, and on pictures that it should not accept."""
+"""The shape detector: against what was drawn, against IoU by hand, and on images that it should not accept."""
 
 import random
 
@@ -8,8 +8,9 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from vgpo.rewards.base import make_reward
-from vgpo.rewards.geneval import GenEval, accuracy_by_task
+from vgpo.rewards.geneval import accuracy_by_task
 from vgpo.world.detector import (
+    GenEvalShapes,
     ShapeDetector,
     color_table,
     components,
@@ -34,13 +35,14 @@ def truth():
     return np.stack([render_scene(row, rng) for row in rows]), rows
 
 
-def accuracy(detector, pictures, rows):
-    judge = GenEval(detector, threshold=0.6, counting_threshold=0.6)
-    return accuracy_by_task(judge(pictures, [row["prompt"] for row in rows], rows).strict, rows)
+def accuracy(detector, images, rows):
+    reward = GenEvalShapes()
+    reward.detector = detector
+    return accuracy_by_task(reward(images, [row["prompt"] for row in rows], rows).strict, rows)
 
 
 def paint(*shapes, ground=40):
-    """A picture of shapes (shape, colour, x, y, half-width), drawn as the world draws."""
+    """An image of shapes (shape, colour, x, y, half-width), drawn as the world draws."""
     image = Image.new("RGB", (128, 128), (ground,) * 3)
     for shape, color, x, y, r in shapes:
         draw_shape(ImageDraw.Draw(image), shape, COLORS[color], 4 * x, 4 * y, 4 * r)
@@ -54,23 +56,23 @@ def test_strict_accuracy_on_rendered_truth_is_at_least_97_percent_for_each_task(
 
 
 def test_the_registered_reward_uses_this_detector_and_is_perfect_on_truth(truth):
-    pictures, rows = truth
-    scores = make_reward("geneval-shapes")(pictures[::20], [row["prompt"] for row in rows[::20]], rows[::20])
+    images, rows = truth
+    scores = make_reward("GenEvalShapes")(images[::20], [row["prompt"] for row in rows[::20]], rows[::20])
     assert scores.strict.all() and (scores.scaled == 1).all()
 
 
-def test_a_judge_that_always_agrees_would_be_caught(detector, truth):
-    """Pictures of other prompts of the same task are (nearly) all judged wrong."""
-    pictures, rows = truth
-    result = accuracy(detector, np.roll(pictures, 1, axis=0), rows)
+def test_a_reward_that_always_agrees_would_be_caught(detector, truth):
+    """Images of other prompts of the same task are (nearly) all scores wrong."""
+    images, rows = truth
+    result = accuracy(detector, np.roll(images, 1, axis=0), rows)
     assert result["counting"] < 0.1 and result["position"] < 0.1 and result["color_attr"] < 0.1
 
 
 def test_slight_blur_and_grain_are_forgiven(detector, truth):
-    pictures, rows = truth
-    soft = ndimage.gaussian_filter(pictures.astype(float), (0, 0.7, 0.7, 0))
-    grain = np.random.default_rng(0).normal(0, 8, pictures.shape)
-    for changed in (soft, pictures + grain):
+    images, rows = truth
+    soft = ndimage.gaussian_filter(images.astype(float), (0, 0.7, 0.7, 0))
+    grain = np.random.default_rng(0).normal(0, 8, images.shape)
+    for changed in (soft, images + grain):
         result = accuracy(detector, changed.clip(0, 255).round().astype(np.uint8), rows)
         assert min(result.values()) >= 0.93, result
 
@@ -85,9 +87,9 @@ def test_one_shape_is_found_with_its_class_colour_and_box(detector, shape, color
 
 
 def test_boxes_end_one_past_the_last_pixel(detector):
-    picture = np.full((1, 32, 32, 3), 40, np.uint8)
-    picture[0, 10:18, 3:11] = COLORS["red"]
-    (d,) = detector(picture)[0]
+    image = np.full((1, 32, 32, 3), 40, np.uint8)
+    image[0, 10:18, 3:11] = COLORS["red"]
+    (d,) = detector(image)[0]
     assert d.label == "square" and d.color == "red" and d.box == (3, 10, 11, 18) and d.score > 0.9
 
 
@@ -102,22 +104,22 @@ def test_touching_shapes_of_two_colours_are_two_and_of_one_colour_none(detector)
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_halves_fall_below_the_threshold(detector, shape):
-    picture = paint((shape, "green", 16, 16, 6))
+    image = paint((shape, "green", 16, 16, 6))
     upper_half = [] if shape == "triangle" else [np.s_[16:]]  # the upper half of a triangle is a triangle
     for cut in (np.s_[:, 16:], np.s_[:16], *upper_half):
-        half = picture.copy()
+        half = image.copy()
         half[cut] = 40
         assert all(d.score < 0.6 for d in detector(half[None])[0])
 
 
 def test_dust_and_grey_things_are_nothing(detector):
-    picture = np.full((1, 32, 32, 3), 30, np.uint8)
-    picture[0, 5:8, 5:8] = COLORS["red"]  # 9 pixels
-    picture[0, 15:25, 15:25] = 255
-    picture[0, 15:25, 2:12] = (120, 90, 90)  # saturation 30 of red's 200
-    assert detector(picture) == [[]]
-    picture[0, 5:9, 5:8] = COLORS["red"]  # 12 pixels
-    assert len(detector(picture)[0]) == 1
+    image = np.full((1, 32, 32, 3), 30, np.uint8)
+    image[0, 5:8, 5:8] = COLORS["red"]  # 9 pixels
+    image[0, 15:25, 15:25] = 255
+    image[0, 15:25, 2:12] = (120, 90, 90)  # saturation 30 of red's 200
+    assert detector(image) == [[]]
+    image[0, 5:9, 5:8] = COLORS["red"]  # 12 pixels
+    assert len(detector(image)[0]) == 1
 
 
 def test_empty_pictures_and_no_pictures(detector):
@@ -126,9 +128,9 @@ def test_empty_pictures_and_no_pictures(detector):
 
 
 def test_a_verdict_does_not_depend_on_the_batch(detector, truth):
-    pictures = truth[0][::25]
-    for together, picture in zip(detector(pictures), pictures, strict=True):
-        alone = detector(picture[None])[0]
+    images = truth[0][::25]
+    for together, image in zip(detector(images), images, strict=True):
+        alone = detector(image[None])[0]
         assert [(d.label, d.color, d.box) for d in together] == [(d.label, d.color, d.box) for d in alone]
         np.testing.assert_allclose([d.score for d in together], [d.score for d in alone], rtol=1e-5)
 
@@ -168,9 +170,9 @@ def test_components_agree_with_one_scipy_call_for_each_picture_and_colour():
     colors = np.random.default_rng(0).choice(7, p=[0.4, 0.3, 0.1, 0.05, 0.05, 0.05, 0.05], size=(5, 20, 24))
     labels, planes, parts = components(colors.astype(np.uint8), min_area=3)
     expected = []
-    for b, picture in enumerate(colors):
+    for b, image in enumerate(colors):
         for c in range(1, 7):
-            regions, _ = ndimage.label(picture == c)
+            regions, _ = ndimage.label(image == c)
             for i, (y, x) in enumerate(ndimage.find_objects(regions), start=1):
                 if (regions == i).sum() >= 3:
                     expected.append((6 * b + c - 1, y.start, x.start, y.stop, x.stop))

@@ -1,7 +1,8 @@
-"GenEval's judging logic: golden values, the official rule, the training score's promises, bad rows."
+"GenEval's rules: golden values, the official rule, the training score's promises, bad rows."
 
 import itertools
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,15 +13,29 @@ from vgpo.rewards.geneval import (
     RELATIONS,
     TAGS,
     Detection,
-    GenEval,
+    GenEvalRules,
     accuracy_by_task,
     check_row,
     confident,
-    judge,
+    evaluate_row,
     relations,
 )
 from vgpo.world.scenes import COLORS, all_scenes, place
 from vgpo.world.scenes import TAGS as SCENE_TAGS
+
+
+@dataclass
+class Told(GenEvalRules):
+    "GenEval's rules over a detector that says what it was told."
+
+    found: list = ()
+
+    def __init__(self, found, **options):
+        self.found = found
+        super().__init__(**options)
+
+    def make_detector(self):
+        return lambda images: self.found
 
 
 def thing(label, count=1, **more):
@@ -51,7 +66,7 @@ FLOW_GRPO = [  # from Flow-GRPO's public reward server
 
 @pytest.mark.parametrize(("detections", "r", "soft"), FLOW_GRPO)
 def test_golden_values_of_flow_grpo(detections, r, soft):
-    assert judge(detections, r, compat=True)["soft"] == pytest.approx(soft, abs=1e-12)
+    assert evaluate_row(detections, r, compat=True)["soft"] == pytest.approx(soft, abs=1e-12)
 
 
 def numpy_relations(a, b):
@@ -129,24 +144,24 @@ def test_verdict_and_score_on_random_scenes():
     verdicts = []
     for _ in range(5000):
         detections, r = random_case(rng)
-        says = judge(detections, r)
+        says = evaluate_row(detections, r)
         assert says["correct"] == plain_verdict(detections, r) == (not says["reasons"])
         assert 0 <= says["soft"] <= 1
         exact = all(says["found"].get(c["class"], 0) == c["count"] for c in r["include"])
         assert (says["soft"] == 1) == (says["correct"] and exact)  # 1 if and only if all holds and nothing is spare
-        closed = judge(detections, r, closed=True)
+        closed = evaluate_row(detections, r, closed=True)
         named = sum(any(d.label == c["class"] for c in r["include"] + r["exclude"]) for d in detections)
         wanted = sum(c["count"] for c in r["include"])
         assert closed["wanted"] == pytest.approx(wanted / (wanted + len(detections) - named))
         assert closed["soft"] == pytest.approx((says["soft"] * closed["wanted"]) ** 2)
-        assert judge(detections[::-1], r)["soft"] == pytest.approx(says["soft"])  # the order does not matter
-        assert judge(detections, r, compat=True)["correct"] == says["correct"]
+        assert evaluate_row(detections[::-1], r)["soft"] == pytest.approx(says["soft"])  # the order does not matter
+        assert evaluate_row(detections, r, compat=True)["correct"] == says["correct"]
         verdicts.append(says["correct"])
     assert 0.05 < np.mean(verdicts) < 0.95  # the test has seen both
 
 
 def soft(detections, r):
-    return judge(detections, r)["soft"]
+    return evaluate_row(detections, r)["soft"]
 
 
 def test_partial_credit_is_ordered():
@@ -172,12 +187,12 @@ def test_partial_credit_is_ordered():
 def test_official_looks_at_the_most_confident_and_lets_spare_objects_pass():
     red = row(thing("cup", color="red"), tag="colors")
     two = [at("cup", color="red", score=0.9), at("cup", color="blue", score=0.8)]
-    assert judge(two, red)["correct"] and not judge([at("cup", color="blue", score=0.95), *two], red)["correct"]
+    assert evaluate_row(two, red)["correct"] and not evaluate_row([at("cup", color="blue", score=0.95), *two], red)["correct"]
     three = row(thing("cup", 3), tag="counting", exclude=[thing("cup", 4)])
-    assert [judge([at("cup")] * m, three)["correct"] for m in range(6)] == [False, False, False, True, False, False]
+    assert [evaluate_row([at("cup")] * m, three)["correct"] for m in range(6)] == [False, False, False, True, False, False]
     # a target in the wrong colour is no target
     r = row(thing("bear", color="red"), thing("dog", position=["left of", 0]), tag="position")
-    reasons = judge([at("bear", 16, color="blue"), at("dog", 2)], r)["reasons"]
+    reasons = evaluate_row([at("bear", 16, color="blue"), at("dog", 2)], r)["reasons"]
     assert reasons == ["expected 1 red bear, found blue", "no target for dog to be left of"]
 
 
@@ -193,8 +208,8 @@ def test_every_rendered_scene_of_the_tiny_world_is_right():
                 at(c["class"], x, y, c.get("color", rng.choice(list(COLORS))), size)
                 for c, (x, y, size) in zip(objects, spots, strict=True)
             ]
-            says = judge(truth, r)
-            assert says["correct"] and says["soft"] == judge(truth, r, compat=True)["soft"] == 1, r["prompt"]
+            says = evaluate_row(truth, r)
+            assert says["correct"] and says["soft"] == evaluate_row(truth, r, compat=True)["soft"] == 1, r["prompt"]
 
 
 def test_thresholds_and_the_cap():
@@ -204,14 +219,14 @@ def test_thresholds_and_the_cap():
 
     images = np.zeros((2, 8, 8, 3), np.uint8)
     rows = [row(thing("cup", 2)), row(thing("cup", 2), tag="counting", exclude=[thing("cup", 3)])]
-    scores = score(GenEval(lambda images: [seen, seen]), images, ["p", "q"], rows)
+    scores = score(Told([seen, seen]), images, ["p", "q"], rows)
     assert scores.strict.tolist() == [True, False]  # 0.301 counts where 0.3 is asked for, not where 0.9 is
     assert [d["found"] for d in scores.details] == [{"cup": 2, "fork": 1}, {"cup": 1}]
     torch.testing.assert_close(scores.raw, torch.tensor([1.0, 0.5]))
 
 
 def test_compat_declares_its_clamp_and_keeps_the_raw_score():
-    reward = GenEval(lambda images: [[at("cup")] * 4], flow_grpo_compat=True)
+    reward = Told([[at("cup")] * 4], flow_grpo_compat=True)
     scores = score(reward, np.zeros((1, 8, 8, 3), np.uint8), ["p"], [row(thing("cup"))])
     assert scores.raw.item() == -2 and scores.scaled.item() == 0 and scores.strict.item()
     assert "below 0 becomes 0" in reward.scale
@@ -225,9 +240,9 @@ def test_colors_are_looked_at_only_where_asked_for():
         def color(self):
             raise AssertionError("nobody asked")
 
-    assert judge([Lazy()], row(thing("cup")))["correct"]
+    assert evaluate_row([Lazy()], row(thing("cup")))["correct"]
     with pytest.raises(AssertionError, match="nobody asked"):
-        judge([Lazy()], row(thing("cup", color="red")))
+        evaluate_row([Lazy()], row(thing("cup", color="red")))
 
 
 @pytest.mark.parametrize(
@@ -253,13 +268,13 @@ def test_bad_rows_name_the_prompt(change, message):
     bad = row(thing("cup")) | {"prompt": "a photo of trouble"} | change
     with pytest.raises(ValueError, match=f"prompt 'a photo of trouble': .*{message}"):
         check_row(bad)
-    with pytest.raises(RewardError, match="'geneval' failed .*a photo of trouble"):
-        score(GenEval(lambda images: [[]]), np.zeros((1, 8, 8, 3), np.uint8), ["p"], [bad])
+    with pytest.raises(RewardError, match="'Told' failed .*a photo of trouble"):
+        score(Told([[]]), np.zeros((1, 8, 8, 3), np.uint8), ["p"], [bad])
 
 
 def test_a_detector_that_loses_a_picture_is_an_error():
-    with pytest.raises(RewardError, match="1 lists of detections for 2 pictures"):
-        score(GenEval(lambda images: [[]]), np.zeros((2, 8, 8, 3), np.uint8), ["p"] * 2, [row(thing("cup"))] * 2)
+    with pytest.raises(RewardError, match="1 lists of detections for 2 images"):
+        score(Told([[]]), np.zeros((2, 8, 8, 3), np.uint8), ["p"] * 2, [row(thing("cup"))] * 2)
 
 
 def test_overall_is_the_mean_over_tasks():

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BertTokenizer
 
 from vgpo.rewards.base import make_reward, score
-from vgpo.rewards.imagereward import TEXT, VISION, ImageReward, RewardNetwork, load_weights, published_name
+from vgpo.rewards.imagereward import TEXT, VISION, ImageReward, RewardNetwork, fill_network, published_name
 
 EYE, READER = 48, 32  # widths
 SMALL = {
@@ -142,7 +142,7 @@ def independent(state, pixels, ids, mask):
 def network_of(state, vision=None, text=None):
     "The library's network in float64 (its head in float32), filled with `state`."
     network = RewardNetwork(SMALL["vision"] | (vision or {}), SMALL["text"] | (text or {})).eval()
-    load_weights(network, state)
+    fill_network(network, state)
     for part in (network.vision, network.text):
         part.double()
     return network
@@ -209,7 +209,7 @@ def test_small_names_round_trip(state):
     network = RewardNetwork(**SMALL)
     ours = {published_name(k): k for k in network.state_dict()}
     assert ours.keys() == state.keys() == published_shapes().keys() and len(ours) == len(network.state_dict())
-    load_weights(network, state)
+    fill_network(network, state)
     for name, key in ours.items():
         assert torch.equal(network.state_dict()[key], state[name])
 
@@ -237,11 +237,11 @@ def spelled(prompt, length=35):
     return ids + [0] * (length - len(ids)), [1] * len(ids) + [0] * (length - len(ids))
 
 
-def seen(picture, side=32):
+def seen(image, side=32):
     "Bicubic to `side` on the short side, centre square, CLIP's mean and standard deviation."
-    h, w = picture.shape[:2]
+    h, w = image.shape[:2]
     w, h = (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
-    image = Image.fromarray(picture).resize((w, h), Image.BICUBIC)
+    image = Image.fromarray(image).resize((w, h), Image.BICUBIC)
     left, top = (w - side) // 2, (h - side) // 2
     image = np.asarray(image.crop((left, top, left + side, top + side)), np.float64) / 255
     return torch.tensor((image - CLIP_MEAN) / CLIP_STD).permute(2, 0, 1)
@@ -252,34 +252,34 @@ PROMPTS = ["a dog", "a red cup on a table", "x", "the " * 30, "a dog"]
 
 @pytest.mark.parametrize("size", [(32, 32), (60, 90), (97, 50)])
 def test_scores_from_pictures_and_words_up(state, options, size):
-    pictures = np.random.default_rng(0).integers(0, 256, (5, *size, 3)).astype(np.uint8)
-    reward = make_reward("imagereward", **options)
-    scores = score(reward, pictures, PROMPTS, [{}] * 5)
+    images = np.random.default_rng(0).integers(0, 256, (5, *size, 3)).astype(np.uint8)
+    reward = make_reward("ImageReward", **options)
+    scores = score(reward, images, PROMPTS, [{}] * 5)
     ids, mask = (torch.tensor(t) for t in zip(*map(spelled, PROMPTS), strict=True))
-    expected = independent(state, torch.stack([seen(p) for p in pictures]), ids, mask)
+    expected = independent(state, torch.stack([seen(p) for p in images]), ids, mask)
     torch.testing.assert_close(scores.raw.double(), expected, atol=2e-4, rtol=0)
     scaled = [0.5 * (1 + math.erf(r / math.sqrt(2))) for r in expected.tolist()]
     np.testing.assert_allclose(scores.scaled.numpy(), scaled, atol=2e-4)
     assert scores.strict is None and len(set(scores.raw.tolist())) == 5
     for batch_size in (1, 2):
         torch.testing.assert_close(
-            ImageReward(**options, batch_size=batch_size).raw(pictures, PROMPTS), scores.raw, atol=2e-4, rtol=0
+            ImageReward(**options, batch_size=batch_size).raw(images, PROMPTS), scores.raw, atol=2e-4, rtol=0
         )
     order = [3, 0, 4, 2, 1]
-    shuffled = reward.raw(pictures[order], [PROMPTS[i] for i in order])
+    shuffled = reward.raw(images[order], [PROMPTS[i] for i in order])
     torch.testing.assert_close(shuffled, scores.raw[order], atol=2e-4, rtol=0)
 
 
 def test_dropout_is_off_and_half_precision_is_close(options):
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     reward = ImageReward(**options)
     assert not reward.network.training and torch.equal(
-        reward.raw(pictures, PROMPTS[:2]), reward.raw(pictures, PROMPTS[:2])
+        reward.raw(images, PROMPTS[:2]), reward.raw(images, PROMPTS[:2])
     )
     half = ImageReward(**options, dtype="bfloat16")
     assert half.network.vision.dtype == half.network.text.dtype == torch.bfloat16
     assert half.network.head[0].weight.dtype == torch.float32
-    torch.testing.assert_close(half.raw(pictures, PROMPTS[:2]), reward.raw(pictures, PROMPTS[:2]), atol=0.1, rtol=0)
+    torch.testing.assert_close(half.raw(images, PROMPTS[:2]), reward.raw(images, PROMPTS[:2]), atol=0.1, rtol=0)
     assert ", bfloat16, " in half.version
 
 
@@ -289,8 +289,8 @@ def test_version_and_other_files(state, options, tmp_path):
     assert reward.scale == "normal CDF of raw" and "\n" not in reward.version
     save_file(state, tmp_path / "ImageReward.safetensors")
     other = ImageReward(**options | {"weights": str(tmp_path / "ImageReward.safetensors")})
-    picture = np.zeros((1, 32, 32, 3), np.uint8)
-    assert other.version != reward.version and torch.equal(other.raw(picture, ["a"]), reward.raw(picture, ["a"]))
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    assert other.version != reward.version and torch.equal(other.raw(image, ["a"]), reward.raw(image, ["a"]))
 
 
 class Harmful:
@@ -306,14 +306,14 @@ def test_files_that_are_refused(state, options, tmp_path):
     for content, message in [
         (
             {k: v for k, v in state.items() if k != "mlp.layers.6.bias"},
-            r"bad.pt' is not an.*mlp.layers.6.bias is missing",
+            r"bad.pt' do not fit the model: .*mlp.layers.6.bias is missing",
         ),
         (state | {"blip.text_decoder.bias": torch.zeros(1)}, "blip.text_decoder.bias is unknown"),
         (
             state | {"blip.visual_encoder.norm.weight": torch.ones(3)},
             r"norm.weight is \(3,\), not \(48,\) \(1 in all\)",
         ),
-        ({k.removeprefix("blip."): v for k, v in state.items()}, r"is missing; .* in all\): use the published"),
+        ({k.removeprefix("blip."): v for k, v in state.items()}, r"is missing; .* in all\); use the published"),
     ]:
         with pytest.raises(ValueError, match=message):
             load(content)
@@ -324,15 +324,15 @@ def test_files_that_are_refused(state, options, tmp_path):
         ImageReward(**options | {"weights": str(tmp_path / "raw.pt")})
     with pytest.raises(OSError, match="cannot load weights"):
         ImageReward(**options | {"weights": str(tmp_path / "none.pt")})
-    with pytest.raises(ValueError, match=r"is not an ImageReward checkpoint of this size: .*: use the published"):
+    with pytest.raises(ValueError, match="do not fit the model: .*; use the published"):
         ImageReward(options["weights"], tokenizer=options["tokenizer"], text=SMALL["text"],
                     vision=SMALL["vision"] | {"num_hidden_layers": 1})  # fmt: skip
 
 
 def test_bad_options(options, tmp_path):
     for change, message in [
-        ({"dtype": "half"}, "dtype must be 'float32', 'bfloat16' or 'float16', got 'half'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"dtype": "half"}, "ImageReward.dtype is 'half'; it must be one of 'float32', 'bfloat16', 'float16'"),
+        ({"batch_size": 0}, "ImageReward.batch_size is 0; it must be a number v with v>0"),
         ({"text": SMALL["text"] | {"vocab_size": 30}}, "has 57 tokens, the network 30: use google-bert/bert-base-unc"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -10,17 +10,26 @@ import time
 import numpy as np
 import pytest
 import torch
+import urllib3.util.retry
 from fake_server import fake_server
 from PIL import Image
 from scipy.special import expit, softmax
 from torch.testing import assert_close
 
-from vgpo.rewards import http
-from vgpo.rewards.base import REWARDS, RewardError, make_reward, score
-from vgpo.rewards.http import CallError
-from vgpo.rewards.judges import DeQA, PYes, UnifiedReward, VLMScore, number, resized, word_probabilities
+from vgpo.rewards.base import RewardError, make_reward, options_of, reward_classes, score
+from vgpo.rewards.judges import (
+    DeQA,
+    PYes,
+    UnifiedReward,
+    VLMJudge,
+    VLMScore,
+    parse_score,
+    resized,
+    word_probabilities,
+)
+from vgpo.rewards.remote import CallError
 
-PICTURES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
 PROMPTS = ["a red cube", 'a sign that says "{OPEN}"', "ein Würfel"]
 ROWS = [{}] * 3
 
@@ -36,12 +45,12 @@ def token(probabilities, text="?"):
     return says(text, logprobs={"content": [{"token": text, "logprob": -0.1, "top_logprobs": top}]})
 
 
-def judged(make, answer, pictures=PICTURES, **options):
+def ask_all(make, answer, images=IMAGES, **options):
     "The Scores of a judge whose server gives `answer`, or answer(request), and the requests' bodies."
     respond = answer if callable(answer) else lambda request: answer
     with fake_server(respond) as server:
         scores = score(
-            make("m", url=server.url + "/v1", **options), pictures, PROMPTS[: len(pictures)], [{}] * len(pictures)
+            make(model="m", url=server.url + "/v1", **options), images, PROMPTS[: len(images)], [{}] * len(images)
         )
     return scores, [json.loads(request.body) for request in server.asked]
 
@@ -55,7 +64,7 @@ def test_a_request_is_a_chat_with_the_picture_and_the_question(monkeypatch):
         return says("Final Score: 3")
 
     extra = {"max_tokens": None, "max_completion_tokens": 99, "chat_template_kwargs": {"enable_thinking": False}}
-    _, bodies = judged(UnifiedReward, answer, key_env="JUDGE_KEY", extra=extra)
+    _, bodies = ask_all(UnifiedReward, answer, api_key_env="JUDGE_KEY", extra=extra)
     assert {r.path for r in asked} == {"/v1/chat/completions"} and {r.method for r in asked} == {"POST"}
     assert {r.headers["Authorization"] for r in asked} == {"Bearer swordfish"}
     seen = {}
@@ -63,14 +72,14 @@ def test_a_request_is_a_chat_with_the_picture_and_the_question(monkeypatch):
         assert body["model"] == "m" and body["temperature"] == 0 and body["max_completion_tokens"] == 99
         assert "max_tokens" not in body and body["chat_template_kwargs"] == {"enable_thinking": False}
         (message,) = body["messages"]
-        picture, question = message["content"]
-        head, data = picture["image_url"]["url"].split(",")
-        assert (message["role"], picture["type"], question["type"], head) == (
+        image, question = message["content"]
+        head, data = image["image_url"]["url"].split(",")
+        assert (message["role"], image["type"], question["type"], head) == (
             "user", "image_url", "text", "data:image/png;base64")  # fmt: skip
         seen[question["text"]] = np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
-    for prompt, picture in zip(PROMPTS, PICTURES, strict=True):
+    for prompt, image in zip(PROMPTS, IMAGES, strict=True):
         (shown,) = [image for text, image in seen.items() if prompt in text]
-        assert np.array_equal(shown, picture)
+        assert np.array_equal(shown, image)
 
 
 def test_unified_reward_reads_the_published_form():
@@ -81,7 +90,7 @@ def test_unified_reward_reads_the_published_form():
         question = json.loads(request.body)["messages"][0]["content"][1]["text"]
         return says(next(text for prompt, text in answers.items() if prompt in question))
 
-    scores, _ = judged(UnifiedReward, answer)
+    scores, _ = ask_all(UnifiedReward, answer)
     assert scores.raw.tolist() == [3.5, 5, 1] and scores.strict is None
     assert_close(scores.scaled, torch.tensor([0.7, 1.0, 0.2]))
     assert [detail["answer"] for detail in scores.details] == texts
@@ -103,32 +112,32 @@ def test_unified_reward_reads_the_published_form():
 )
 def test_a_text_without_a_score_is_an_error_and_no_number(text, message):
     if message is None:
-        assert judged(UnifiedReward, says(text), PICTURES[:1])[0].raw.tolist() == [pytest.approx(4.56)]
+        assert ask_all(UnifiedReward, says(text), IMAGES[:1])[0].raw.tolist() == [pytest.approx(4.56)]
         return
-    with pytest.raises(RewardError, match=f"reward 'unifiedreward' failed .*{message}") as error:
-        judged(UnifiedReward, says(text), PICTURES[:1])
+    with pytest.raises(RewardError, match=f"reward 'UnifiedReward' failed .*{message}") as error:
+        ask_all(UnifiedReward, says(text), IMAGES[:1])
     assert "\n" not in str(error.value)
 
 
 def test_an_answer_that_was_cut_off_says_so():
     with pytest.raises(RewardError, match=r"\(cut off: raise max_tokens in extra\), which begins: 'Let me think"):
-        judged(UnifiedReward, says("Let me think", finish_reason="length"))
+        ask_all(UnifiedReward, says("Let me think", finish_reason="length"))
 
 
 def test_vlm_score_has_any_range_and_pattern():
-    scores, bodies = judged(VLMScore, says("Score: 7.5 of 10"))
+    scores, bodies = ask_all(VLMScore, says("Score: 7.5 of 10"))
     assert scores.raw.tolist() == [7.5] * 3 and scores.scaled.tolist() == [0.75] * 3
     assert "from 0 (not at all) to 10" in bodies[0]["messages"][0]["content"][1]["text"]
-    scores, _ = judged(VLMScore, says("<s>-1</s>"), low=-2, high=2, pattern=r"<s>(-?\d)</s>", question="{prompt}?")
+    scores, _ = ask_all(VLMScore, says("<s>-1</s>"), low=-2, high=2, pattern=r"<s>(-?\d)</s>", question="{prompt}?")
     assert scores.raw.tolist() == [-1] * 3 and scores.scaled.tolist() == [0.25] * 3
     with pytest.raises(RewardError, match="score 11, which is not in 0 to 10"):
-        judged(VLMScore, says("Score: 11"))
-    assert number(r"(\d+)", "a 7", 0, 9) == 7
+        ask_all(VLMScore, says("Score: 11"))
+    assert parse_score(r"(\d+)", "a 7", 0, 9) == 7
 
 
 def test_p_yes_sums_over_the_ways_to_write_the_words():
     top = {"Yes": 0.3, " yes": 0.2, "\u0120YES": 0.05, "No": 0.15, "\u2581no": 0.1, "Maybe": 0.1, "yesterday": 0.1}
-    scores, bodies = judged(PYes, token(top))
+    scores, bodies = ask_all(PYes, token(top))
     assert_close(scores.raw, torch.full((3,), 0.55 / 0.80))
     assert torch.equal(scores.scaled, scores.raw) and scores.details[0]["yes_or_no"] == 0.8
     assert bodies[0]["logprobs"] is True and bodies[0]["top_logprobs"] == 20 and bodies[0]["max_tokens"] == 1
@@ -153,12 +162,12 @@ def test_p_yes_is_the_sigmoid_of_the_difference_of_logits():
 def test_deqa_is_the_expectation_of_the_softmax_over_five_words():
     logits = np.array([0.3, 2.0, 1.0, -1.0, -3.0])
     words = ["Excellent", " good", "fair", "Poor", "bad"]
-    scores, _ = judged(DeQA, token(dict(zip(words, 0.9 * softmax(logits), strict=True)) | {"Great": 0.1}))
+    scores, _ = ask_all(DeQA, token(dict(zip(words, 0.9 * softmax(logits), strict=True)) | {"Great": 0.1}))
     expected = float(softmax(logits) @ np.array([5.0, 4, 3, 2, 1]))
     assert_close(scores.raw, torch.full((3,), expected))
     assert_close(scores.scaled, torch.full((3,), (expected - 1) / 4))
     for word, value, scaled in (("excellent", 5, 1), ("bad", 1, 0)):
-        scores, _ = judged(DeQA, token({word: 1.0}))
+        scores, _ = ask_all(DeQA, token({word: 1.0}))
         assert scores.raw.tolist() == [value] * 3 and scores.scaled.tolist() == [scaled] * 3
 
 
@@ -175,8 +184,8 @@ def test_what_is_not_listed_cannot_change_a_score_by_more_than_the_tolerance():
     assert answered > 100
     top = {"The": 0.9, "yes": 0.01, **{f"x{i}": 0.004 for i in range(10)}}
     with pytest.raises(RewardError, match="no clear probabilities of yes/no"):
-        judged(PYes, token(top))
-    assert judged(PYes, token(top), tolerance=9)[0].raw.tolist() == [1] * 3
+        ask_all(PYes, token(top))
+    assert ask_all(PYes, token(top), tolerance=9)[0].raw.tolist() == [1] * 3
 
 
 @pytest.mark.parametrize(
@@ -194,7 +203,7 @@ def test_what_is_not_listed_cannot_change_a_score_by_more_than_the_tolerance():
 @pytest.mark.parametrize("make", [PYes, DeQA])
 def test_missing_probabilities_are_an_error_and_no_number(make, answer):
     with pytest.raises(RewardError, match="no (top_logprobs|clear probabilities)"):
-        judged(make, answer)
+        ask_all(make, answer)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +211,7 @@ def test_missing_probabilities_are_an_error_and_no_number(make, answer):
 )
 def test_what_is_no_chat_completion_is_an_error(answer):
     with pytest.raises(RewardError, match="not a chat completion"):
-        judged(UnifiedReward, answer)
+        ask_all(UnifiedReward, answer)
 
 
 def test_scores_keep_their_order_while_several_questions_are_under_way():
@@ -221,26 +230,26 @@ def test_scores_keep_their_order_while_several_questions_are_under_way():
             busy -= 1
         return says(f"Score: {int(text) % 10}")
 
-    prompts, pictures = [str(i) for i in range(24)], np.zeros((24, 4, 4, 3), np.uint8)
+    prompts, images = [str(i) for i in range(24)], np.zeros((24, 4, 4, 3), np.uint8)
     with fake_server(answer) as server:
-        judge = VLMScore("m", url=server.url, question="{prompt}", concurrency=4)
-        scores = score(judge, pictures, prompts, [{}] * 24)
+        judge = VLMScore(model="m", url=server.url, question="{prompt}", concurrency=4)
+        scores = score(judge, images, prompts, [{}] * 24)
     assert scores.raw.tolist() == [i % 10 for i in range(24)] and most == 4
 
 
 def test_a_busy_server_is_asked_again_and_a_failing_one_is_not(monkeypatch):
-    monkeypatch.setattr(http, "time", type("clock", (), {"sleep": staticmethod(lambda s: None)}))
+    monkeypatch.setattr(urllib3.util.retry, "time", type("clock", (), {"sleep": staticmethod(lambda s: None)}))
     answers = {1: (503, {}, b"loading"), 2: says("Final Score: 2")}
-    once = judged(UnifiedReward, lambda request: answers[request.number], PICTURES[:1])
+    once = ask_all(UnifiedReward, lambda request: answers[request.number], IMAGES[:1])
     assert once[0].raw.tolist() == [2] and len(once[1]) == 2
-    for status, message in ((401, "401 .*key_env"), (400, "answered 400: too many images"), (500, "answered 500")):
+    for status, message in ((401, "401 .*api_key_env"), (400, "answered 400: too many images"), (500, "answered 500")):
         with fake_server(lambda r, status=status: (status, {}, b"too many images")) as server:
             with pytest.raises(CallError, match=message):
-                UnifiedReward("m", server.url)(PICTURES[:1], PROMPTS[:1], ROWS[:1])
+                UnifiedReward(model="m", url=server.url)(IMAGES[:1], PROMPTS[:1], ROWS[:1])
             assert len(server.asked) == 1
     with fake_server(lambda r: time.sleep(0.3)) as server:
         with pytest.raises(CallError, match="no answer within 0.1 s"):
-            UnifiedReward("m", server.url, read_timeout=0.1)(PICTURES[:1], PROMPTS[:1], ROWS[:1])
+            UnifiedReward(model="m", url=server.url, read_timeout=0.1)(IMAGES[:1], PROMPTS[:1], ROWS[:1])
         assert len(server.asked) == 1
 
 
@@ -249,62 +258,70 @@ def test_one_picture_without_a_score_fails_the_batch():
         return says("no idea") if b"W\\u00fcrfel" in request.body else says("Final Score: 4")
 
     with pytest.raises(RewardError, match="no score in the answer about 'ein Würfel'"):
-        judged(UnifiedReward, answer)
+        ask_all(UnifiedReward, answer)
 
 
 def test_pictures_are_scaled_to_their_longer_side():
     assert resized(np.zeros((64, 32, 3), np.uint8), 16).shape == (16, 8, 3)
     assert resized(np.zeros((3, 900, 3), np.uint8), 30).shape == (1, 30, 3)
-    picture = PICTURES[0]
-    assert resized(picture, None) is picture and resized(picture, 8) is picture
+    image = IMAGES[0]
+    assert resized(image, None) is image and resized(image, 8) is image
     flat = resized(np.full((8, 8, 3), (10, 200, 30), np.uint8), 32)
     assert flat.dtype == np.uint8 and (flat == (10, 200, 30)).all()
-    _, bodies = judged(UnifiedReward, says("Final Score: 1"), PICTURES[:1], resolution=56)
+    _, bodies = ask_all(UnifiedReward, says("Final Score: 1"), IMAGES[:1], resolution=56)
     data = bodies[0]["messages"][0]["content"][0]["image_url"]["url"].split(",")[1]
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (56, 56)
 
 
 def test_the_version_changes_with_what_shapes_an_answer_and_holds_no_key(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "swordfish")
-    base = PYes("m").version
+    base = PYes(model="m").version
     assert base.startswith("m by chat completion") and "\n" not in base
-    assert PYes("m", "http://other:1/v1", concurrency=2, key_env="JUDGE_KEY", retries=0).version == base
+    assert PYes(model="m", url="http://other:1/v1", concurrency=2, api_key_env="JUDGE_KEY", retries=0).version == base
     others = [
-        PYes("n"),
-        PYes("m", question="{prompt}?"),
-        PYes("m", extra={"seed": 1}),
-        PYes("m", resolution=512),
-        DeQA("m"),
+        PYes(model="n"),
+        PYes(model="m", question="{prompt}?"),
+        PYes(model="m", extra={"seed": 1}),
+        PYes(model="m", resolution=512),
+        DeQA(model="m"),
     ]
-    versions = {judge.version for judge in others} | {base} | {VLMScore("m", high=h).version for h in (5, 10)}
+    versions = {judge.version for judge in others} | {base} | {VLMScore(model="m", high=h).version for h in (5, 10)}
     assert len(versions) == len(others) + 3
-    assert "swordfish" not in PYes("m", key_env="JUDGE_KEY").version
+    assert "swordfish" not in PYes(model="m", api_key_env="JUDGE_KEY").version
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({}, "needs the option model"),
+        ({}, "PYes cannot be made: .*model"),
         ({"model": "m", "question": "Is it good?"}, "must have {prompt}"),
-        ({"model": "m", "key_env": "VGPO_NO_SUCH"}, "VGPO_NO_SUCH is not set"),
-        ({"model": "m", "concurrency": 0}, "concurrency must be at least 1, got 0"),
-        ({"model": "m", "resolution": 0}, "resolution must be at least 1, got 0"),
+        ({"model": "m", "api_key_env": "VGPO_NO_SUCH"}, "VGPO_NO_SUCH is not set"),
+        ({"model": "m", "concurrency": 0}, "PYes.concurrency is 0; it must be a number v with v>0"),
+        ({"model": "m", "resolution": 0}, "PYes.resolution is 0; it must be a number v with v>0"),
         ({"model": "m", "url": "localhost:8000/v1"}, "must be http://HOST:PORT"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        make_reward("p-yes", **options)
+        make_reward("PYes", **options)
 
 
 def test_bad_ranges_and_patterns_are_refused():
     with pytest.raises(ValueError, match="low is 5 and high is 1"):
-        VLMScore("m", low=5, high=1)
+        VLMScore(model="m", low=5, high=1)
     with pytest.raises(ValueError, match="must have one group"):
-        VLMScore("m", pattern=r"\d+")
+        VLMScore(model="m", pattern=r"\d+")
 
 
-@pytest.mark.parametrize("name", ["unifiedreward", "vlm-score", "p-yes", "deqa"])
-def test_judges_are_registered_under_their_names(name):
+JUDGES = [name for name, cls in reward_classes().items() if issubclass(cls, VLMJudge)]
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_judges_are_known_by_the_names_of_their_classes(name):
     reward = make_reward(name, model="m")
-    assert name in REWARDS and reward.name == name and reward.scale and reward.version
+    assert reward.name == name and reward.scale and reward.version
+    assert {"model", "url", "api_key_env", "read_timeout", "retries", "resolution"} <= set(options_of(name))
+
+
+def test_there_are_four_judges():
+    assert {"UnifiedReward", "VLMScore", "PYes", "DeQA"} <= set(JUDGES)

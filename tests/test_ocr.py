@@ -14,7 +14,7 @@ from vgpo.world.words import WORDS, render_word, sign
 
 
 def signs(n, seed=0):
-    "Rows and pictures of n signs."
+    "Rows and images of n signs."
     rng = random.Random(seed)
     rows = [sign(rng.choice(WORDS), rng.choice(list(COLORS))) for _ in range(n)]
     return rows, np.stack([render_word(row, rng) for row in rows])
@@ -22,7 +22,7 @@ def signs(n, seed=0):
 
 @pytest.fixture(scope="module")
 def reward():
-    return make_reward("ocr", threads=2)
+    return make_reward("OCR", threads=2)
 
 
 @pytest.mark.parametrize(
@@ -66,47 +66,47 @@ def test_where_the_target_comes_from():
 
 
 def test_reads_the_signs_of_the_tiny_world(reward):
-    rows, pictures = signs(100)
-    judged = score(reward, pictures, [r["prompt"] for r in rows], rows)
+    rows, images = signs(100)
+    scores = score(reward, images, [r["prompt"] for r in rows], rows)
     # the engine reads 97 of 100 or more; 3 standard errors (of 100 signs) below that
-    assert judged.strict.float().mean() >= 0.97 - 3 * (0.97 * 0.03 / 100) ** 0.5
-    for r, s, d, row in zip(judged.raw, judged.strict, judged.details, rows, strict=True):
+    assert scores.strict.float().mean() >= 0.97 - 3 * (0.97 * 0.03 / 100) ** 0.5
+    for r, s, d, row in zip(scores.raw, scores.strict, scores.details, rows, strict=True):
         assert d["target"] == row["target"] and r.item() == pytest.approx(text_score(d["read"], row["target"]))
         assert s == (d["read"].lower().replace(" ", "") == row["target"].lower())
-    assert torch.equal(judged.raw, judged.scaled)
-    # the same pictures against the targets of other rows
+    assert torch.equal(scores.raw, scores.scaled)
+    # the same images against the targets of other rows
     other = [rows[(i + 1) % 100] for i in range(100)]
-    assert score(reward, pictures, [r["prompt"] for r in other], other).raw.mean() < 0.3
+    assert score(reward, images, [r["prompt"] for r in other], other).raw.mean() < 0.3
 
 
 def test_what_is_read_depends_on_the_picture_alone(reward):
-    _, pictures = signs(21)
-    texts = reward.read(pictures)
+    _, images = signs(21)
+    texts = reward.read(images)
     engine = RapidOCR(params={"Rec.rec_img_shape": [3, 48, 48], "Global.log_level": "error"})
-    alone = [engine(p[..., ::-1].copy(), **RECOGNISE).txts[0] for p in pictures]  # the plain call of the library
+    alone = [engine(p[..., ::-1].copy(), **RECOGNISE).txts[0] for p in images]  # the plain call of the library
     assert texts == alone
-    assert OCR(threads=3, batch_size=4).read(pictures) == texts
-    assert reward.read(pictures[:1]) == texts[:1]  # fewer pictures than threads
+    assert OCR(threads=3, batch_size=4).read(images) == texts
+    assert reward.read(images[:1]) == texts[:1]  # fewer images than threads
 
 
 @pytest.mark.parametrize("mode", ["recognise", "full"])
-def test_a_blank_picture_is_judged_not_an_error(mode):
-    judged = score(OCR(1, mode=mode), np.zeros((1, 32, 32, 3), np.uint8), ['"STOP"'], [{}])
-    assert judged.raw.item() == 0 and not judged.strict.item() and judged.details == [{"read": "", "target": "STOP"}]
+def test_a_blank_image_is_scored_not_an_error(mode):
+    scores = score(OCR(1, mode=mode), np.zeros((1, 32, 32, 3), np.uint8), ['"STOP"'], [{}])
+    assert scores.raw.item() == 0 and not scores.strict.item() and scores.details == [{"read": "", "target": "STOP"}]
 
 
 def test_a_row_without_target_stops_the_batch(reward):
-    _, pictures = signs(2)
-    with pytest.raises(RewardError, match="'ocr' failed on 2 pictures .*no OCR target for prompt 'a sign'"):
-        score(reward, pictures, ['"STOP"', "a sign"], [{}, {}])
+    _, images = signs(2)
+    with pytest.raises(RewardError, match="'OCR' failed on 2 images .*no OCR target for prompt 'a sign'"):
+        score(reward, images, ['"STOP"', "a sign"], [{}, {}])
 
 
 def test_options_and_version(reward):
     assert reward.version.startswith("rapidocr 3.") and reward.version.endswith("_rec_small.onnx")
     for options, message in [
-        ({"mode": "guess"}, "mode must be 'recognise' or 'full', got 'guess'"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
-        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"mode": "guess"}, "OCR.mode is 'guess'; it must be one of 'recognise', 'full'"),
+        ({"threads": 0}, "OCR.threads is 0; it must be a number v with v>0"),
+        ({"width": 0}, "OCR.width is 0; it must be a number v with v>0"),
     ]:
         with pytest.raises(ValueError, match=message):
             OCR(**options)

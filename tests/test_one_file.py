@@ -41,7 +41,7 @@ def test_the_example_is_short_and_uses_the_tiny_world_alone():
     lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 300 and max(map(len, lines)) <= 120
     imported = {line for line in lines if line.startswith(("import vgpo", "from vgpo"))}
-    assert imported == {"import vgpo", "from vgpo.world.detector import geneval_shapes",
+    assert imported == {"import vgpo", "from vgpo.world.detector import GenEvalShapes",
                         "from vgpo.world.scenes import split_scenes"}  # fmt: skip
 
 

@@ -29,11 +29,11 @@ from vgpo.plan import (
     epoch_work,
     exchanged_bytes,
     gathered_bytes,
-    judge_bytes,
     main,
     make_plan,
     metered,
     resident_bytes,
+    reward_bytes,
     shard_table,
     size_of,
     storages,
@@ -407,14 +407,17 @@ def test_seconds_are_flops_over_what_the_card_does():
     assert card.seconds(35e12, "float32", 0.5) == pytest.approx(7)
 
 
-def test_judges_on_the_gpu_are_counted():
-    assert judge_bytes(RewardConfig("pickscore", {"device": "cuda"})) == pytest.approx(4 * 986_109_441, rel=1e-6)
-    assert judge_bytes(RewardConfig("pickscore", {"device": "cuda", "dtype": "float16"})) == pytest.approx(
-        2 * 986_109_441, rel=1e-3
-    )
-    assert judge_bytes(RewardConfig("pickscore")) == judge_bytes(RewardConfig("ocr", {"device": "cuda"})) == 0
-    several = RewardConfig(parts={"pickscore": 1, "clipscore": 1}, part_options={"clipscore": {"device": "cuda:0"}})
-    assert judge_bytes(several) == pytest.approx(4 * 427_616_513, rel=1e-5)
+def test_networks_of_rewards_on_the_gpu_are_counted():
+    def on(name, **options):
+        return {"class_path": name, "init_args": options}
+
+    assert reward_bytes(on("PickScore", device="cuda")) == pytest.approx(4 * 986_109_441, rel=1e-6)
+    assert reward_bytes(on("PickScore", device="cuda", dtype="float16")) == pytest.approx(2 * 986_109_441, rel=1e-3)
+    assert reward_bytes(on("PickScore")) == reward_bytes("PickScore") == reward_bytes("OCR") == reward_bytes("a:b") == 0
+    parts = {"taste": "PickScore", "match": on("vgpo.rewards.clip.CLIPScore", device="cuda:0")}
+    several = on("Combined", rewards=parts, weights={"taste": 1, "match": 1})
+    assert reward_bytes(several) == pytest.approx(4 * 427_616_513, rel=1e-5)
+    assert reward_bytes(on("ImageReward", device="cuda")) == pytest.approx(4 * 446e6, rel=0.01)
 
 
 @pytest.mark.parametrize("recipe", FULL)

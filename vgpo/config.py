@@ -11,7 +11,6 @@ __all__ = ['RECIPES', 'Config', 'check_config', 'as_data', 'recipe_path', 'recip
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,7 +30,7 @@ from .objectives.clipped import ClippedSurrogate
 from .plugs import check_fields
 from .policies.loading import ModelConfig
 from .prompts.files import PromptsConfig
-from .rewards.base import Reward
+from .rewards.base import Reward, RewardSpec
 from .runs.early_stopping import EarlyStopping
 from .sde import FlowSDE, Sampler
 from .callback import Callback
@@ -58,7 +57,7 @@ class Config:
     """newest checkpoints that are kept; older ones are deleted"""
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    reward: Callable[[], Reward] | str = "GenEvalShapes"
+    reward: RewardSpec = "GenEvalShapes"
     """what scores the images: a class of rewards with its options, or `module:function`"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sampler: Sampler = field(default_factory=FlowSDE)

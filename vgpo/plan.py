@@ -6,7 +6,7 @@
 __all__ = ['FORMULAS', 'SHARDS', 'CARDS', 'RESERVE', 'PHASES', 'Batches', 'neighbours', 'solve_batches', 'config_batches',
            'fused_attention', 'storages', 'Meter', 'Cost', 'metered', 'Costs', 'count_costs', 'costs_of', 'size_of',
            'module_bytes', 'largest_share', 'whole_bytes', 'gathered_bytes', 'exchanged_bytes', 'weight_bytes',
-           'resident_bytes', 'judge_bytes', 'trajectory_bytes', 'working_bytes', 'phase_bytes', 'epoch_work',
+           'resident_bytes', 'reward_bytes', 'trajectory_bytes', 'working_bytes', 'phase_bytes', 'epoch_work',
            'unit_flops', 'Card', 'Plan', 'count_parameters', 'needed_memory', 'make_plan', 'memory_lines', 'work_lines',
            'card_lines', 'plan_lines', 'plan_parser', 'main', 'shard_table']
 
@@ -29,6 +29,7 @@ from .config import Config, ModelConfig, parse_config
 from .policies.base import meta_policy
 from .policies.loading import CONFIGS, networks, part_from_config, quiet
 from .policies.shard import repeated_blocks
+from .rewards.base import networks_of
 
 # %% ../nbs/practice/84_plan.ipynb #c006
 @dataclass(frozen=True)
@@ -251,16 +252,11 @@ def resident_bytes(policy, model, processes=1):
             "AdamW's moments": 2 * trained, "average (EMA)": trained}
 
 # %% ../nbs/practice/84_plan.ipynb #c038
-def judge_bytes(reward):
-    "Bytes of the judges' networks that are on a GPU and of a kind that is known here, for a RewardConfig."
-    known, total = json.loads((CONFIGS / "rewards.json").read_text()), 0
-    for name in reward.parts or [reward.name]:
-        options = reward.part_options.get(name, {}) if reward.parts else reward.options
-        if not str(options.get("device", "cpu")).startswith("cuda"): continue
-        dtype = getattr(torch, options.get("dtype", "float32"))
-        total += sum(module_bytes(part_from_config(c, dtype)) for key, c in known.items()
-                     if key.split(",")[0] == name.partition("@")[0])
-    return total
+def reward_bytes(reward):
+    "Bytes of a reward's networks that are on a GPU; `reward` is that of a Config, see `make_reward`."
+    known = json.loads((CONFIGS / "rewards.json").read_text())
+    return sum(module_bytes(part_from_config(known[network], getattr(torch, dtype)))
+               for network, device, dtype in networks_of(reward) if device.startswith("cuda"))
 
 # %% ../nbs/practice/84_plan.ipynb #c039
 def trajectory_bytes(config, policy, batches):
@@ -290,8 +286,8 @@ def working_bytes(config, policy, costs):
 def phase_bytes(resident, trajectories, working, precompute_text_embeds):
     "{phase: bytes} in all, at most."
     total, encoders = sum(resident.values()), resident["text encoders"]
-    if precompute_text_embeds:  # at first they are alone but for the judges, and later gone
-        first, rest = encoders + resident.get("judges", 0), total - encoders
+    if precompute_text_embeds:  # at first they are alone but for the rewards' networks, and later gone
+        first, rest = encoders + resident.get("rewards", 0), total - encoders
     else: first, rest = total, total
     later = {phase: rest + trajectories + working[phase] for phase in ("sample", "decode", "update")}
     optimizer = rest + trajectories + resident["trained weights"]  # AdamW's intermediate results
@@ -375,9 +371,9 @@ def count_parameters(policy):
                    sum(p.numel() for p in part.parameters() if not p.requires_grad)) for name, part in parts.items()}
 
 
-def needed_memory(config, policy, costs, batches, judges):
+def needed_memory(config, policy, costs, batches, rewards):
     "Bytes of a process: (resident by part, trajectories, at work by phase, in all by phase)."
-    resident = resident_bytes(policy, config.model, batches.processes) | ({"judges": judges} if judges else {})
+    resident = resident_bytes(policy, config.model, batches.processes) | ({"rewards": rewards} if rewards else {})
     trajectories, working = trajectory_bytes(config, policy, batches), working_bytes(config, policy, costs)
     return (resident, trajectories, working,
             phase_bytes(resident, trajectories, working, config.model.precompute_text_embeds))
@@ -385,9 +381,9 @@ def needed_memory(config, policy, costs, batches, judges):
 
 def make_plan(config, processes=1):
     "The Plan of a Config for so many processes; ValueError or FileNotFoundError, one line, where there can be none."
-    batches, (policy, costs), judges = config_batches(config, processes), costs_of(config), judge_bytes(config.reward)
+    batches, (policy, costs), rewards = config_batches(config, processes), costs_of(config), reward_bytes(config.reward)
     def needs(shard):
-        return needed_memory(replace(config, model=replace(config.model, fsdp=shard)), policy, costs, batches, judges)
+        return needed_memory(replace(config, model=replace(config.model, fsdp=shard)), policy, costs, batches, rewards)
     several = processes > 1
     return Plan(config, batches, count_parameters(policy), epoch_work(config, batches),
                 unit_flops(costs, config.sampling.batch_size), *needs(config.model.fsdp if several else "off"),

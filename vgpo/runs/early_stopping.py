@@ -8,7 +8,6 @@ __all__ = ['with_keys', 'reward_hacking', 'validation_warning', 'kl_reason', 'be
 
 # %% ../../nbs/runs/72_early_stopping.ipynb #c003
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from statistics import fmean
@@ -18,7 +17,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from ..distributed import broadcast
 from ..objectives.base import Objective
 from ..plugs import check_fields
-from ..rewards.base import Reward
+from ..rewards.base import RewardSpec
 from ..callback import Callback
 from ..trainer import Trainer
 
@@ -103,7 +102,7 @@ class EarlyStopping(Callback):
     "When a run ends early, and what its report warns of."
     patience: NonNegativeInt = 0
     """held-out evaluations in a row without a rise beyond the standard error that end the run; 0 is never"""
-    validation_reward: Callable[[], Reward] | str | None = None
+    validation_reward: RewardSpec | None = None
     """a second reward of the held-out images, which is not trained on; the report warns if it falls while the reward rises"""
     validation_drop: NonNegativeFloat = 3.0
     """standard errors by which the second reward must have fallen, and the reward risen, for that warning"""
