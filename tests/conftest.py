@@ -39,7 +39,7 @@ def trained(tiny_folder, tmp_path_factory):
     "A run's folder whose LoRA is random and large, and the policy that was saved there."
     import torch
 
-    from vgpo.config import Config, EvaluationConfig, ModelConfig, PromptsConfig, RewardConfig, save_config
+    from vgpo.config import Config, save_config
     from vgpo.evaluate import make_policy
 
     folder, policy = tmp_path_factory.mktemp("run"), make_policy(ModelConfig(path=str(tiny_folder)))
