@@ -78,7 +78,7 @@ def test_losses_and_their_gradients_agree(example, generator):
     expected, stats = clipped_surrogate(theirs, old, advantages, clip_range=1e-3)
     loss.backward(), expected.backward()
     assert torch.equal(loss, expected) and torch.equal(ours.grad, theirs.grad)
-    assert torch.equal(clip_frac, stats["clip_frac"]) and 0 < clip_frac < 1
+    assert torch.equal(clip_frac, stats["clip_ratio"]) and 0 < clip_frac < 1
 
 
 def test_a_rollout_is_made_of_the_librarys_steps(example, pipe, generator):

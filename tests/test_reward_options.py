@@ -67,6 +67,12 @@ def test_functions_and_classes_of_ones_own():
     assert make_reward("own_rewards.Own", level=1.0) == Own(1.0)
 
 
+def test_names_of_functions_are_plain_text_that_any_writer_takes():
+    line = ["--reward", "Combined", "--reward.rewards", "{a: OCR, b: 'own_rewards:half'}", "--reward.weights", "{a: 1, b: 2}"]
+    assert type(parser().parse_args(["--reward", "own_rewards:half"]).reward) is str
+    assert type(parser().parse_args(line).reward.init_args.rewards["b"]) is str
+
+
 def test_nothing_is_loaded_until_the_reward_is_made(monkeypatch):
     def load(self):
         raise AssertionError("loaded")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from vgpo.rewards.base import FunctionName, make_reward, options_of, reward_classes, score
+from vgpo.rewards.base import checked_name, make_reward, options_of, reward_classes, score
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "rewards.md").read_text()
@@ -39,7 +39,7 @@ def test_the_row_of_a_reward_has_the_scale_and_the_weights_of_its_class(name):
 def test_the_recipes_on_the_page_name_rewards_and_options_that_exist():
     def check(spec):
         if isinstance(spec, str):
-            return spec in KNOWN or bool(FunctionName(spec))
+            return spec in KNOWN or checked_name(spec) == spec
         assert set(spec["init_args"]) <= set(options_of(spec["class_path"])) and spec["class_path"] in KNOWN
         return all(check(part) for part in spec["init_args"].get("rewards", {}).values())
 
