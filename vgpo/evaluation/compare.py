@@ -78,6 +78,7 @@ def change_plot(change: dict, title: str = "") -> Figure:
         axis.set_title(f"{name}: change of {kind}", fontsize=10, parse_math=False)
         axis.set_xlabel("after minus before, 95 % interval", fontsize=9)
         axis.locator_params(axis="x", nbins=4)
+        axis.ticklabel_format(axis="x", style="plain", useOffset=False)
         axis.invert_yaxis()
     if title: figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
