@@ -114,7 +114,7 @@ def save(self: Evaluation, folder: Path, shown: list[int] | None = None):
     shown = self.shown if shown is None else shown
     tensors = {"images": torch.from_numpy(self.images[[self.shown.index(i) for i in shown]].copy())}
     for name, s in self.scores.items():
-        tensors |= {f"{name}.{key}": values for key, values in vars(s).items() if isinstance(values, torch.Tensor)}
+        tensors |= {f"{name}.{key}": values.clone() for key, values in vars(s).items() if isinstance(values, torch.Tensor)}
     facts = {"rows": self.rows, "shown": shown, "clusters": self.clusters, "rewards": list(self.scores)}
     folder.mkdir(parents=True)
     save_file(tensors, folder / "evaluation.safetensors")
