@@ -7,12 +7,12 @@ from safetensors.torch import load_file
 
 from vgpo.policies.loading import load_pipeline
 from vgpo.prompts.files import load_prompts
-from vgpo.world.pretrain import MAX_TOKENS, make_tokenizer, mislabel, pretrain, training_pictures
+from vgpo.world.pretrain import MAX_TOKENS, make_tokenizer, mislabel, pretrain, training_images
 
 
 def test_no_held_out_prompt_occurs_and_every_caption_fits():
-    pictures, rows = training_pictures(scenes=3000, words=3000, seed=3)
-    assert pictures.shape == (6000, 32, 32, 3) and len(rows) == 6000
+    images, rows = training_images(scenes=3000, words=3000, seed=3)
+    assert images.shape == (6000, 32, 32, 3) and len(rows) == 6000
     held_out = {row["prompt"] for source in ("tiny-scenes", "tiny-words") for row in load_prompts(source, "test")}
     words = {row["target"] for row in load_prompts("tiny-words", "test")}
     assert not held_out & {row["prompt"] for row in rows} and not words & {row.get("target") for row in rows}
@@ -21,7 +21,7 @@ def test_no_held_out_prompt_occurs_and_every_caption_fits():
 
 
 def test_mislabelled_captions_are_exchanged_within_their_task():
-    _, rows = training_pictures(scenes=3000, words=1000, seed=1)
+    _, rows = training_images(scenes=3000, words=1000, seed=1)
     told = mislabel(rows, 0.4, 0.4)
     tags = {row["prompt"]: row["tag"] for row in rows}
     assert Counter(told) == Counter(row["prompt"] for row in rows)

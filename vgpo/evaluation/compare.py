@@ -11,7 +11,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .scores import EvaluationFolder, differences, read_evaluation, read_json
+from .folder import EvaluationFolder, differences, read_json
+from .scores import read_evaluation
 
 # %% ../../nbs/evaluation/63_compare.ipynb #c006
 def collect(f: EvaluationFolder, settings: dict, names: list[str]) -> dict:
@@ -63,7 +64,7 @@ def compare(before: Path, after: Path) -> dict:
 # %% ../../nbs/evaluation/63_compare.ipynb #c013
 def change_plot(change: dict, title: str = "") -> Figure:
     "A Figure of paired differences and their 95 % intervals, by reward and task; strict where there is a verdict, else raw."
-    figure = Figure(figsize=(4 * len(change), 3), layout="constrained")
+    figure = Figure(figsize=(4 * len(change), 3.2), layout="constrained")
     for axis, (name, found) in zip(figure.subplots(1, len(change), squeeze=False)[0], change.items()):
         kind = "strict" if "strict" in found else "raw"
         tasks = found[kind]["by_task"] if len(found[kind]["by_task"]) > 1 else {}
@@ -75,6 +76,9 @@ def change_plot(change: dict, title: str = "") -> Figure:
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set_yticks(range(len(rows)), rows, parse_math=False)
         axis.set_title(f"{name}: change of {kind}", fontsize=10, parse_math=False)
+        axis.set_xlabel("after minus before, 95 % interval", fontsize=9)
+        axis.locator_params(axis="x", nbins=4)
+        axis.ticklabel_format(axis="x", style="plain", useOffset=False)
         axis.invert_yaxis()
     if title: figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
