@@ -40,16 +40,17 @@ def trained(tiny_folder, tmp_path_factory):
     import torch
 
     from vgpo.config import Config, save_config
-    from vgpo.evaluate import make_policy
+    from vgpo.evaluation.images import EvaluationConfig
+    from vgpo.policies.base import load_policy
+    from vgpo.policies.loading import ModelConfig
 
-    folder, policy = tmp_path_factory.mktemp("run"), make_policy(ModelConfig(path=str(tiny_folder)))
+    model = ModelConfig(path=str(tiny_folder), lora_rank=4, lora_alpha=8)
+    folder, policy = tmp_path_factory.mktemp("run"), load_policy(model)
     policy.add_lora(rank=4, alpha=8)
     generator = torch.Generator().manual_seed(0)
     for p in policy.parameters():
         p.data.normal_(std=0.2, generator=generator)
     policy.save(folder / "lora")
-    config = Config(
-        seed=4, model=ModelConfig(path=str(tiny_folder)), prompts=PromptsConfig(test="tiny-scenes"),
-        reward=RewardConfig("geneval-shapes"), evaluation=EvaluationConfig(images=12, steps=4))  # fmt: skip
+    config = Config(seed=4, model=model, evaluation=EvaluationConfig(num_samples=12, num_inference_steps=4))
     save_config(config, folder / "config.yaml")
     return folder, policy
