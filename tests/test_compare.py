@@ -18,12 +18,20 @@ NAMES = ["GenEvalShapes", "tiny_rewards:brightness"]
 
 @pytest.fixture(scope="module")
 def pair(tiny_folder, trained, tmp_path_factory):
-    "Two evaluations of the same samples, of a base model and of its LoRA, by two rewards; and the command but for --output."
+    "Two evaluations of the same samples, of a base model and of its LoRA, by two rewards; and the command."
     folder = tmp_path_factory.mktemp("pair")
     rows = load_prompts("tiny-scenes", "test", unique=True)[:12]
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows + rows))  # each twice, as in people's files
-    words = [str(tiny_folder), "--prompts", str(prompts), "--images_per_prompt=3", "--num_inference_steps=3", "--rewards", *NAMES]
+    words = [
+        str(tiny_folder),
+        "--prompts",
+        str(prompts),
+        "--images_per_prompt=3",
+        "--num_inference_steps=3",
+        "--rewards",
+        *NAMES,
+    ]
     main([*words, "--output", str(folder / "base")])
     main([*words, "--lora", str(trained[0] / "lora"), "--output", str(folder / "tuned")])
     return folder, words
@@ -45,7 +53,9 @@ def test_results_are_those_of_the_lines(pair):
     found = read(folder / "tuned")
     assert found["images"] == 36 and found["prompts"] == 12 and found["settings"]["rows"] == 12
     assert len(list((folder / "tuned" / "images").glob("*.png"))) == 36
-    assert list(found["metrics"]) == NAMES and found["metrics"]["GenEvalShapes"]["version"].startswith("GenEval's rules")
+    assert list(found["metrics"]) == NAMES and found["metrics"]["GenEvalShapes"]["version"].startswith(
+        "GenEval's rules"
+    )
     assert found["libraries"]["torch"] and found["settings"]["trained"].startswith("lora sha256 ")
     scored = lines(folder / "tuned", "GenEvalShapes")
     rows = [json.loads(line) for line in (folder / "tuned" / "prompts.jsonl").read_text().splitlines()]
@@ -135,7 +145,9 @@ def test_the_same_command_again_and_another_reward(pair):
 def test_a_reward_that_fails_says_how_to_go_on(tiny_folder, tmp_path, monkeypatch):
     words = [str(tiny_folder), "--num_samples=4", "--num_inference_steps=2", "--reward", "tiny_rewards:broken",
              "--output", str(tmp_path / "x")]  # fmt: skip
-    with pytest.raises(SystemExit, match="^error: reward .*the judge is out; what is done stays in .*same command again"):
+    with pytest.raises(
+        SystemExit, match="^error: reward .*the judge is out; what is done stays in .*same command again"
+    ):
         main(words)
     assert len(list((tmp_path / "x" / "images").glob("*.png"))) == 4
     monkeypatch.setattr("vgpo.evaluate.evaluate_in_folder", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -86,7 +86,11 @@ def test_odd_prompts_are_drawn_named_and_written_down(tmp_path):
     assert len(set(paths)) == 8 and {path.parent for path in paths} == {tmp_path} and (tmp_path / "grid.png").is_file()
     for n, path in enumerate(paths):
         with Image.open(path) as image:
-            assert (image.info["prompt"], image.info["seed"], image.info["model"]) == (prompts[n // 2], str(5 + n % 2), "m")
+            assert (image.info["prompt"], image.info["seed"], image.info["model"]) == (
+                prompts[n // 2],
+                str(5 + n % 2),
+                "m",
+            )
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -93,7 +93,9 @@ def test_curves_have_labels_and_survive_what_was_not_logged():
 
 
 def test_held_out_evaluations_stand_beside_the_reward():
-    metrics = [{"epoch": e, "reward": 0.5} | ({"eval/validation_reward": e / 8} if e % 4 == 0 else {}) for e in range(9)]
+    metrics = [
+        {"epoch": e, "reward": 0.5} | ({"eval/validation_reward": e / 8} if e % 4 == 0 else {}) for e in range(9)
+    ]
     axis = training_curves(metrics).axes[0]
     assert axis.lines[2].get_xdata().tolist() == [0, 4, 8] and axis.lines[2].get_ydata().tolist() == [0, 0.5, 1]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["eval/validation_reward"]
@@ -141,5 +143,7 @@ def test_a_sheet_of_images_that_were_picked_before_says_of_how_many():
     verdicts = scores([0.5] * 4, [True, False, True, True])
     figure = before_after(images(4), images(4, 9), list("abcd"), scores=(verdicts, verdicts), pick=range(4), total=528)
     title = figure._suptitle.get_text()
-    assert title.startswith("4 of 528 held-out prompts") and "right (green): 3 before, 3 after" in title.replace("\n", " ")
+    assert title.startswith("4 of 528 held-out prompts") and "right (green): 3 before, 3 after" in title.replace(
+        "\n", " "
+    )
     assert [shown(axis) for axis in figure.axes[:4]] == [0, 1, 2, 3]

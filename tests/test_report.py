@@ -50,15 +50,24 @@ def test_the_sheet_shows_what_both_kept_and_counts_all():
     assert title.startswith("3 of 20 held-out prompts") and "right (green): 2 before, 2 after" in title
     assert "all 20 images: accuracy 0.200 before, 0.400 after (+0.200 ± 0.094)" in title
     assert [int(axis.images[0].get_array()[0, 0, 0]) for axis in figure.axes] == [0, 3, 17] * 2
-    assert "mean reward 0.200 before" in report_sheet(*[evaluation(4, verdict=False)] * 2)._suptitle.get_text().replace("\n", " ")
+    assert "mean reward 0.200 before" in report_sheet(*[evaluation(4, verdict=False)] * 2)._suptitle.get_text().replace(
+        "\n", " "
+    )
 
 
 def write_trial(folder, verdict=True, lora_rank=8, rows=ROWS, name="trial", **more):
     "A report of twenty grey images, before and after; returns its text and its results."
     before, after = evaluation(4, rows, verdict), evaluation(8, rows, verdict)
-    config = Config(name=name, seed=3, model=ModelConfig(lora_rank=lora_rank), evaluation=EvaluationConfig(num_samples=20))
+    config = Config(
+        name=name, seed=3, model=ModelConfig(lora_rank=lora_rank), evaluation=EvaluationConfig(num_samples=20)
+    )
     write_report(folder, config, before, after, [{"epoch": 0, "reward": 0.5}], 12.34, **more)
-    return (folder / "report.md").read_text(encoding="utf-8"), json.loads((folder / "results.json").read_text()), before, after
+    return (
+        (folder / "report.md").read_text(encoding="utf-8"),
+        json.loads((folder / "results.json").read_text()),
+        before,
+        after,
+    )
 
 
 @pytest.mark.parametrize("verdict", [True, False])
@@ -82,7 +91,9 @@ def test_report_says_where_the_weights_are(tmp_path, lora_rank, folder, other):
 
 def test_report_begins_with_its_warnings(tmp_path):
     text, results, *_ = write_trial(tmp_path, warnings=["validation fell", "no spread"])
-    assert text.startswith("# trial, VGPO, seed 3\n\n## Warnings\n\n- validation fell\n- no spread\n\n## Results\n\n1 ep")
+    assert text.startswith(
+        "# trial, VGPO, seed 3\n\n## Warnings\n\n- validation fell\n- no spread\n\n## Results\n\n1 ep"
+    )
     assert results["warnings"] == ["validation fell", "no spread"]
 
 
