@@ -9,13 +9,13 @@ def brightness(images, prompts, metadata):
 
 
 def power(images, prompts, metadata, exponent=3):
-    "A power of the mean brightness, which wants bright pictures more than not too dark ones."
+    "A power of the mean brightness, which wants bright images more than not too dark ones."
     return brightness(images, prompts, metadata) ** exponent
 
 
 def broken(images, prompts, metadata):
     "A reward that fails."
-    raise RuntimeError("the judge is out")
+    raise RuntimeError("the reward is out")
 
 
 def not_a_number(images, prompts, metadata):

@@ -192,9 +192,11 @@ def parse_config(argv: list[str], program: str = "vgpo.train") -> Config:
     files = recipe_files(recipe)
     parser = make_parser(program)
     words = [word for file in files for word in ("--recipe", str(file))]
-    try: parser.parse_args(words)
-    except ValueError as e: raise ValueError(f"{files[-1]}: {e}") from None
-    parsed = parser.parse_args([*words, *rest])
+    try: parsed = parser.parse_args([*words, *rest])
+    except ValueError:
+        try: parser.parse_args(words)
+        except ValueError as e: raise ValueError(f"{files[-1]}: {e}") from None
+        raise
     made = parser.instantiate(parsed)
     config = Config(**{f.name: made[f.name] for f in fields(Config)})
     config.reward = plain(parsed.reward)  # loaded when the run needs it

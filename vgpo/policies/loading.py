@@ -80,6 +80,8 @@ class ModelConfig(TrainableConfig):
     vae_slicing: bool = False
     """decode one image at a time: less memory"""
 
+    harmless = frozenset({"gradient_checkpointing", "fsdp", "precompute_text_embeds", "embedding_cache", "vae_slicing"})
+
     def __post_init__(self):
         if self.fsdp != "off" and self.dtype == "float16":
             raise ValueError(f"model.fsdp is {self.fsdp}, which works with bfloat16 and float32: "

@@ -146,6 +146,8 @@ class PromptsConfig:
     test: str = "tiny-scenes"
     """the same for the held-out prompts; of a source, these are its split `test`"""
 
+    harmless = frozenset({"test"})  # changes no weight, see vgpo.runs.resume
+
 # %% ../../nbs/world/26_prompts.ipynb #c024
 def check_rows(rows: list[dict], reward: Any) -> list[dict]:
     """The rows themselves, if a run with `reward` can use every one of them.

@@ -137,6 +137,7 @@ class Log(Callback):
                 os.fsync(file.fileno())  # a checkpoint may follow, and must not outlive its epochs' lines
         numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
         trainer.accelerator.log(numbers, step=metrics["epoch"])
+        if not self.bar: return  # a single epoch, outside of `fit`
         self.bar.update()
         self.bar.set_postfix({key: f"{metrics[key]:.3g}" for key in self.shown if metrics.get(key) is not None})
 
