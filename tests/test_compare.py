@@ -146,7 +146,7 @@ def test_a_reward_that_fails_says_how_to_go_on(tiny_folder, tmp_path, monkeypatc
     words = [str(tiny_folder), "--num_samples=4", "--num_inference_steps=2", "--reward", "tiny_rewards:broken",
              "--output", str(tmp_path / "x")]  # fmt: skip
     with pytest.raises(
-        SystemExit, match="^error: reward .*the judge is out; what is done stays in .*same command again"
+        SystemExit, match="^error: reward .*the reward is out; what is done stays in .*same command again"
     ):
         main(words)
     assert len(list((tmp_path / "x" / "images").glob("*.png"))) == 4

@@ -43,8 +43,8 @@ def test_every_entry_of_results_is_defined(run, tmp_path):
         found = json.loads(path.read_text())
         assert all(f"`{key}`" in part for key in found), path
     settings = json.loads((tmp_path / "e" / "settings.json").read_text())
-    words = {"model", "trained", "prompts", "rows", "rows_sha256", "cluster", "images_per_prompt", "num_inference_steps",
-             "guidance_scale", "seed"}  # fmt: skip
+    words = {"model", "trained", "prompts", "rows", "rows_sha256", "cluster", "images_per_prompt", "guidance_scale",
+             "num_inference_steps", "seed"}  # fmt: skip
     assert words < set(settings) and all(f"`{word}`" in parts[2] for word in words)
     assert {field.name for field in fields(Config().model)} > set(settings) - words  # the model's options
 

@@ -351,10 +351,10 @@ def test_a_failing_reward_loses_nothing(model, tmp_path):
 
         def __call__(self, images, prompts, metadata):
             if bright.seen == 4:
-                raise RuntimeError("the judge is out")
+                raise RuntimeError("the reward is out")
             return bright(images, prompts, metadata)
 
-    with pytest.raises(RewardError, match="the judge is out"):
+    with pytest.raises(RewardError, match="the reward is out"):
         take(f, model, {"bright": Fails})
     assert len(read_scores(f, "bright")) == 4 and len(list((tmp_path / "images").iterdir())) == 6
     take(f, None)
@@ -409,7 +409,8 @@ def launch(words, rank=0, processes=1, port=0):
 
 def test_killed_and_continued_by_two_processes_it_ends_like_an_unbroken_one(tiny_folder, tmp_path, one_thread, capsys):
     words = [str(tiny_folder), "--num_samples=24", "--images_per_prompt=3", "--batch_size=2",
-             "--num_inference_steps=12", "--rewards", "GenEvalShapes", "tiny_rewards:brightness", "--output"]  # fmt: skip
+             "--num_inference_steps=12", "--rewards", "GenEvalShapes", "tiny_rewards:brightness",
+             "--output"]  # fmt: skip
     main([*words, str(tmp_path / "whole")])
     folder = tmp_path / "broken"
     killed = launch([*words, str(folder)])
