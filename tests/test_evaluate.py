@@ -88,11 +88,16 @@ def test_program_gives_the_figures_of_an_evaluation_in_memory(trained):
 def test_program_evaluates_a_model_and_options_override(tiny_folder, tmp_path, capsys):
     prompts, output = tmp_path / "prompts.txt", tmp_path / "result"
     prompts.write_text("a photo of a red circle\na photo of a blue cross\n")
-    main([str(tiny_folder), "--prompts", str(prompts), "--reward", "tiny_rewards:brightness", "--num_inference_steps", "2",
-          "--guidance_scale", "2", "--seed", "9", "--output", str(output)])  # fmt: skip
+    main([str(tiny_folder), "--prompts", str(prompts), "--reward", "tiny_rewards:brightness",
+          "--num_inference_steps", "2", "--guidance_scale", "2", "--seed", "9", "--output", str(output)])  # fmt: skip
     found = json.loads((output / "results.json").read_text())
     settings = found["settings"]
-    assert (found["images"], settings["num_inference_steps"], settings["guidance_scale"], settings["seed"]) == (2, 2, 2.0, 9)
+    assert (found["images"], settings["num_inference_steps"], settings["guidance_scale"], settings["seed"]) == (
+        2,
+        2,
+        2.0,
+        9,
+    )
     assert "strict" not in found["metrics"]["tiny_rewards:brightness"] and "| all " in capsys.readouterr().out
     assert settings["cluster"] == "prompt" and found["libraries"]["torch"] and found["commit"] is None
 
@@ -169,7 +174,9 @@ def test_model_that_is_nowhere(monkeypatch):
         raise OSError("cannot load\nanything")
 
     monkeypatch.setattr("vgpo.policies.loading.diffusers.DiffusionPipeline.load_config", fails)
-    with pytest.raises(SystemExit, match=r"^error: cannot load the pipeline some/model, .*: cannot load anything") as stop:
+    with pytest.raises(
+        SystemExit, match=r"^error: cannot load the pipeline some/model, .*: cannot load anything"
+    ) as stop:
         main(["some/model", "--num_samples=2"])
     assert "\n" not in str(stop.value)
     with pytest.raises(SystemExit, match="^error: nothing-like-it holds no pipeline"):
@@ -248,7 +255,10 @@ def test_rewards_of_a_run(tmp_path):
     jpeg = {"class_path": "vgpo.rewards.own.JPEG", "init_args": {"quality": 5}}
     assert reward_specs(jpeg) == {"JPEG": jpeg} and reward_specs(jpeg, ["OCR", "JPEG"]) == {"OCR": "OCR", "JPEG": jpeg}
     parts = {"small": jpeg, "bright": "tiny_rewards:brightness"}
-    both = {"class_path": "vgpo.rewards.base.Combined", "init_args": {"rewards": parts, "weights": {"small": 1, "bright": 1}}}
+    both = {
+        "class_path": "vgpo.rewards.base.Combined",
+        "init_args": {"rewards": parts, "weights": {"small": 1, "bright": 1}},
+    }
     assert reward_specs(both) == parts and reward_specs(both, ["small"]) == {"small": jpeg}
     makers = reward_makers(reward_specs(both), {"small": {"quality": 7}}, "cuda")
     assert makers["small"]().quality == 7 and makers["bright"]().name == "tiny_rewards:brightness"

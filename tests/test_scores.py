@@ -89,7 +89,9 @@ def raw(f, name="bright"):
 def result(strict, rows=ROWS[:2], clusters=None):
     values = torch.tensor(strict).float()
     scores = Scores(values, values, values > 0, [{}] * len(values))
-    return Evaluation(rows, {"reward": scores}, np.zeros((len(values), 4, 4, 3), np.uint8), list(range(len(values))), clusters)
+    return Evaluation(
+        rows, {"reward": scores}, np.zeros((len(values), 4, 4, 3), np.uint8), list(range(len(values))), clusters
+    )
 
 
 def test_summary_counts_tasks_not_images():
@@ -105,7 +107,9 @@ def test_summary_counts_tasks_not_images():
 
 def test_change_is_paired():
     "Two images of one task swap: each column has an error, and the change one of its own."
-    def change(after, before): return result(after).change_from(result(before))["reward"]
+
+    def change(after, before):
+        return result(after).change_from(result(before))["reward"]
 
     assert (change([1, 0], [1, 0])["strict"]["mean"], change([1, 0], [1, 0])["strict"]["stderr"]) == (0.0, 0.0)
     found = change([1, 1], [0, 0])["strict"]["by_task"]["a"]
@@ -148,7 +152,8 @@ def test_kept_it_is_the_same(tmp_path):
 def test_images_depend_on_seed_and_row_alone(model):
     config = EvaluationConfig(num_inference_steps=3)
 
-    def images(rows=ROWS, **options): return evaluate(model, {"reward": Bright()}, rows, config, **options).images.astype(int)
+    def images(rows=ROWS, **options):
+        return evaluate(model, {"reward": Bright()}, rows, config, **options).images.astype(int)
 
     whole = evaluate(model, {"reward": Bright()}, ROWS, config, seed=1)
     assert np.abs(whole.images - images(seed=1, batch_size=2)).max() <= 1
@@ -203,7 +208,10 @@ def test_first_sample_is_that_of_memory_and_the_others_differ(model, tmp_path):
     take(f, model, config=config)
     small = evaluate(model, {"bright": Bright()}, rows(3), config)
     assert np.array_equal([read_image(f.image_file(sample)) for sample in f.samples()], small.images)
-    assert raw(f) == small.scores["bright"].raw.tolist() and complete_scores(f, "bright").details == small.scores["bright"].details
+    assert (
+        raw(f) == small.scores["bright"].raw.tolist()
+        and complete_scores(f, "bright").details == small.scores["bright"].details
+    )
     assert read_evaluation(f, ["bright"], "image").summary == small.summary
     kept = evaluate(model, {"bright": Bright()}, rows(3), config, folder=tmp_path / "kept")
     assert kept.summary == small.summary and kept.change_from(small)["bright"]["raw"]["mean"] == 0
@@ -276,7 +284,13 @@ def test_other_settings_are_refused_and_named(model, tmp_path):
     settings = settings_of(f, "tiny-scenes", ModelConfig(path="tiny"), TWO)
     open_folder(f, settings | {"seed": 5}, ALONE)  # no image yet, so nothing is spoilt by another beginning
     take(f, model)
-    for key, value in {"num_inference_steps": 3, "seed": 1, "guidance_scale": 2.0, "trained": "lora", "dtype": "bfloat16"}.items():
+    for key, value in {
+        "num_inference_steps": 3,
+        "seed": 1,
+        "guidance_scale": 2.0,
+        "trained": "lora",
+        "dtype": "bfloat16",
+    }.items():
         with pytest.raises(ValueError, match=f"{key} is {settings[key]} there and {value} here; give another --output"):
             open_folder(f, settings | {key: value}, ALONE)
     newer = Bright()
@@ -337,10 +351,10 @@ def test_a_failing_reward_loses_nothing(model, tmp_path):
 
         def __call__(self, images, prompts, metadata):
             if bright.seen == 4:
-                raise RuntimeError("the judge is out")
+                raise RuntimeError("the reward is out")
             return bright(images, prompts, metadata)
 
-    with pytest.raises(RewardError, match="the judge is out"):
+    with pytest.raises(RewardError, match="the reward is out"):
         take(f, model, {"bright": Fails})
     assert len(read_scores(f, "bright")) == 4 and len(list((tmp_path / "images").iterdir())) == 6
     take(f, None)
@@ -364,7 +378,11 @@ def test_odd_prompts_and_names_reach_the_disk_and_come_back(model, tmp_path):
     f = EvaluationFolder(tmp_path, [{"prompt": prompt} for prompt in prompts])
     take(f, model, {"../odd: $%\\ name": Bright})
     assert [path.name for path in (tmp_path / "scores").iterdir()] == ["..-odd------name"]
-    kept = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    kept = [
+        json.loads(line)["prompt"]
+        for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
+        if line
+    ]
     assert kept == prompts == [detail["prompt"] for detail in complete_scores(f, "../odd: $%\\ name").details]
     assert (draw_samples(model, f.rows, [(2, 0)], TWO)[0] == read_image(f.image_file((2, 0)))).mean() > 0.9
 
@@ -390,8 +408,9 @@ def launch(words, rank=0, processes=1, port=0):
 
 
 def test_killed_and_continued_by_two_processes_it_ends_like_an_unbroken_one(tiny_folder, tmp_path, one_thread, capsys):
-    words = [str(tiny_folder), "--num_samples=24", "--images_per_prompt=3", "--batch_size=2", "--num_inference_steps=12",
-             "--rewards", "GenEvalShapes", "tiny_rewards:brightness", "--output"]  # fmt: skip
+    words = [str(tiny_folder), "--num_samples=24", "--images_per_prompt=3", "--batch_size=2",
+             "--num_inference_steps=12", "--rewards", "GenEvalShapes", "tiny_rewards:brightness",
+             "--output"]  # fmt: skip
     main([*words, str(tmp_path / "whole")])
     folder = tmp_path / "broken"
     killed = launch([*words, str(folder)])

@@ -94,7 +94,9 @@ def test_what_is_printed():
     assert table_cell({"mean": 0.5, "stderr": None}) == "0.500" and table_cell({"mean": 1, "stderr": 0}) == "1.000 ± 0"
     small = {"mean": -0.0021, "stderr": 0.00023, "ci95": [-0.00255, -0.00165]}
     assert table_cell(small) == "-0.00210 ± 0.00023" and interval_cell(small, "+") == "-0.00255 to -0.00165"
-    text = metrics_table({"m": summarize({"raw": [1, 2, 3, 4], "strict": [1, 0, 0, 0]}, list("aabb"))}, "+").splitlines()
+    text = metrics_table(
+        {"m": summarize({"raw": [1, 2, 3, 4], "strict": [1, 0, 0, 0]}, list("aabb"))}, "+"
+    ).splitlines()
     assert [line.split(" | ")[1].strip() for line in text[2:]] == ["a", "b", "mean over tasks"]
     assert text[4].startswith("| m      | mean over tasks | +2.500 ± 0.354 | +0.250 ± 0.250 |")
     assert len(set(map(len, text))) == 1

@@ -69,7 +69,7 @@ def change_plot(change: dict, title: str = "") -> Figure:
         kind = "strict" if "strict" in found else "raw"
         tasks = found[kind]["by_task"] if len(found[kind]["by_task"]) > 1 else {}
         rows = tasks | {"mean over tasks" if tasks else "all": found[kind]}
-        for y, (label, figures) in enumerate(rows.items()):
+        for y, figures in enumerate(rows.values()):
             low, high = figures["ci95"] or (figures["mean"],) * 2
             axis.plot([low, high], [y, y], color="black" if y == len(rows) - 1 else "tab:blue", linewidth=2)
             axis.plot(figures["mean"], y, "o", color="black" if y == len(rows) - 1 else "tab:blue")
