@@ -82,7 +82,8 @@ class SkipNonFinite(Callback):
             self.in_row, self.total = self.in_row + 1, self.total + 1
             if self.in_row >= self.most:
                 raise TrainingError(f"{self.in_row} updates in a row had a non-finite loss or gradient; lower optim.lr, or "
-                                    "raise objective.clip_range, and start again, or resume from the last checkpoint")
+                                    "raise objective.clip_range, and start again, or resume from the last checkpoint, "
+                                    "if there is one")
             raise SkipStep
 
     def after_epoch(self, trainer): trainer.metrics["nonfinite_updates"] = self.total
