@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,7 @@ class SkipNonFinite(Callback):
                 raise TrainingError(f"{self.in_row} updates in a row had a non-finite loss or gradient; lower optim.lr, or "
                                     "raise objective.clip_range, and start again, or resume from the last checkpoint, "
                                     "if there is one")
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # the first update is left out
             raise SkipStep
 
     def after_epoch(self, trainer): trainer.metrics["nonfinite_updates"] = self.total
