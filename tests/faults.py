@@ -19,6 +19,10 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
+from pkgutil import iter_modules
+
+import vgpo
 
 MOMENTS = {
     "load": ("vgpo.runs.session", "load_policy"),
@@ -41,9 +45,11 @@ OPTIONS = [
     *("--model.lora_rank=4", "--name=run"),
 ]  # epoch e makes rollouts 2e + 1 and 2e + 2, and terms 4e + 1 to 4e + 4 of its updates, in each process
 PRELOAD = [
-    *("vgpo.train", "matplotlib.pyplot", "torch.utils.tensorboard"),
+    *("vgpo.train", "matplotlib.pyplot", "torch.utils.tensorboard", "docstring_parser", "onnxruntime"),
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-]
+    *(f"vgpo.{package}.{module.name}" for package in ("rewards", "credit", "objectives", "prompts")
+      for module in iter_modules([str(Path(vgpo.__file__).parent / package)])),
+]  # fmt: skip
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
 
