@@ -19,29 +19,37 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
+from pkgutil import iter_modules
+
+import vgpo
 
 MOMENTS = {
-    "load": ("vgpo.runs.session", "make_policy"),
-    "config": ("vgpo.runs.session", "save_config"),  # the folder is made, config.yaml is not
-    "rollout": ("vgpo.train", "roll"),
-    "reward": ("tiny_rewards", "brightness"),  # its first call judges the held-out images before training
-    "update": ("vgpo.train", "backward"),
-    "loss": ("vgpo.train", "clipped_surrogate"),
-    "log": ("vgpo.train", "checkpoint"),  # its epochs are logged, but not saved yet
+    "load": ("vgpo.runs.session", "load_policy"),
+    "config": ("vgpo.train", "save_config"),  # the folder is made, config.yaml is not
+    "before": ("vgpo.evaluation.scores", "save_file"),  # the evaluation before training is made, but not kept yet
+    "rollout": ("vgpo.trainer", "Trainer.rollout"),
+    "reward": ("tiny_rewards", "brightness"),  # its first call scores the held-out images before training
+    "update": ("vgpo.trainer", "Trainer.backward"),
+    "loss": ("vgpo.objectives.clipped", "ClippedSurrogate.loss"),
+    "log": ("vgpo.runs.session", "Session.save"),  # its epochs are logged, but not saved yet
     "save": ("vgpo.runs.checkpoint", "save_file"),
-    "report": ("vgpo.train", "write_report"),
+    "report": ("vgpo.runs.session", "write_report"),
 }
 OPTIONS = [
-    *("--sampling.groups=2", "--sampling.group_size=2", "--sampling.steps=3", "--sampling.sde_steps=2"),
-    *("--values.reward_steps=2", "--sampling.batch_size=2", "--evaluation.images=2", "--evaluation.steps=1"),
-    *("--reward.name=tiny_rewards:brightness", "--samples_every=100", "--checkpoint_every=2", "--epochs=5"),
-    *("--optim.updates=2", "--optim.lr=1e-3", "--optim.decay=false", "--optim.clip_range=1e-3"),
-    *("--optim.ema_decay=0.9", "--optim.max_skipped=2", "--model.lora_rank=4", "--name=run"),
+    *("--rollout.prompts_per_epoch=2", "--rollout.group_size=2", "--rollout.num_inference_steps=3", "--window.size=2"),
+    *("--credit.num_scored_steps=2", "--rollout.micro_batch_size=2", "--evaluation.num_samples=2"),
+    *("--evaluation.num_inference_steps=1", "--reward=tiny_rewards:brightness", "--log_images_every=100"),
+    *("--save_every=2", "--epochs=5", "--optim.num_minibatches=2", "--optim.lr=1e-3", "--optim.lr_scheduler=constant"),
+    *("--objective.clip_range=1e-3", "--optim.ema_decay=0.9", "--optim.max_nonfinite_updates=2"),
+    *("--model.lora_rank=4", "--name=run"),
 ]  # epoch e makes rollouts 2e + 1 and 2e + 2, and terms 4e + 1 to 4e + 4 of its updates, in each process
 PRELOAD = [
-    *("vgpo.train", "matplotlib.pyplot", "torch.utils.tensorboard"),
+    *("vgpo.train", "matplotlib.pyplot", "torch.utils.tensorboard", "docstring_parser", "onnxruntime"),
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-]
+    *(f"vgpo.{package}.{module.name}" for package in ("rewards", "credit", "objectives", "prompts")
+      for module in iter_modules([str(Path(vgpo.__file__).parent / package)])),
+]  # fmt: skip
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
 
@@ -63,7 +71,7 @@ def sending(number):
 
 
 def raising(real, *args, **kwargs):
-    raise RuntimeError("the judge is out")
+    raise RuntimeError("the reward is out")
 
 
 def hanging(real, *args, **kwargs):
@@ -99,8 +107,9 @@ WHAT |= {name: sending(getattr(signal, name)) for name in ("SIGKILL", "SIGTERM",
 
 def prepare(moment, n, what):
     "Let `what` happen at the n-th call of a moment's function."
-    module, name = importlib.import_module(MOMENTS[moment][0]), MOMENTS[moment][1]
-    real, calls = getattr(module, name), 0
+    module, (*owner, name) = importlib.import_module(MOMENTS[moment][0]), MOMENTS[moment][1].split(".")
+    where, calls = getattr(module, owner[0]) if owner else module, 0
+    real = getattr(where, name)
 
     def call(*args, **kwargs):
         nonlocal calls
@@ -108,7 +117,7 @@ def prepare(moment, n, what):
         return WHAT[what](real, *args, **kwargs) if calls == n else real(*args, **kwargs)
 
     call.__name__ = name
-    setattr(module, name, call)
+    setattr(where, name, call)
 
 
 # --- processes ---
@@ -182,7 +191,7 @@ class Driven:
     "A run of the program `OPTIONS` in `folder`/run, driven through faults."
 
     def __init__(self, model, folder, *more, processes=1):
-        self.options = [*OPTIONS, f"--model.path={model}", f"--output={folder}", *more]
+        self.options = [*OPTIONS, f"--model.path={model}", f"--output_dir={folder}", *more]
         self.folder, self.said, self.processes = folder / "run", folder / "said.txt", processes
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -233,7 +242,8 @@ class Driven:
 
         state = json.loads((self.newest() / "state.json").read_text())
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        result = {key: state[key] for key in ("epoch", "updates", "skipped", "ema_steps")}
+        result = {key: state[key] for key in ("epoch", "updates", "ema_steps")}
+        result["skipped"] = state["callbacks"]["SkipNonFinite"]["total"]
         for key in ("epoch", "reward", "raw", "reward_by_step", "grad_norm", "approx_kl"):
             result[f"{key} in metrics.jsonl"] = [row[key] for row in rows]
         for path in (self.folder / "lora" / "pytorch_lora_weights.safetensors", self.newest() / "state.safetensors"):

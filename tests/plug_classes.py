@@ -1,5 +1,6 @@
-"Every plug that the package defines: tests run over these, and not over lists of their own."
+"Every plug that the package defines, and every option: tests run over these, and not over lists of their own."
 
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -14,3 +15,20 @@ def plug_classes(base, package=None):
             if kind.__module__.startswith("vgpo.") and kind not in found:
                 found.append(kind), todo.append(kind)
     return sorted(found, key=lambda kind: kind.__name__)
+
+
+def option_types(section, data, prefix=""):
+    "{dotted option: its type} of the leaves of a Config's data; a plug's `class_path` has the type of the plug."
+    from vgpo.runs.resume import class_of
+
+    found = {}
+    for f in fields(section):
+        name, value = prefix + f.name, data[f.name]
+        if not isinstance(value, dict):
+            found[name] = f.type
+        elif plug := class_of(value):
+            found[f"{name}.class_path"] = f.type
+            found |= option_types(plug, value.get("init_args", {}), f"{name}.init_args.") if is_dataclass(plug) else {}
+        else:
+            found |= option_types(f.type, value, f"{name}.")
+    return found

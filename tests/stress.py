@@ -30,9 +30,10 @@ AIMED = {  # moment: its calls in an epoch, those besides, and what may happen t
     "log": (1 / EVERY, 0, ("SIGKILL",)),
     "report": (0, 1, ("SIGKILL", "SIGTERM", "full_disk")),
     "config": (0, 1, ("SIGKILL",)),
+    "before": (0, 1, ("SIGKILL", "SIGTERM")),
     "reward": (2, 2, ("raising", "nan_score", "short", "outside")),
 }
-TRAINING = "images an epoch"  # what a program says when it has met the others and made or restored its run
+TRAINING = "images per epoch"  # what a program says when it has met the others and made or restored its run
 
 
 class Lost(Exception):
@@ -41,9 +42,9 @@ class Lost(Exception):
 
 def whole_epochs(run):
     "The epochs of a run's whole checkpoints; a run that was stopped at once has one of epoch 0."
-    from vgpo.runs.checkpoint import checkpoints, damage
+    from vgpo.runs.checkpoint import checkpoints, defect
 
-    return [int(path.name[6:]) for path in checkpoints(run.folder / "checkpoints") if not damage(path)]
+    return [int(path.name[6:]) for path in checkpoints(run.folder / "checkpoints") if not defect(path)]
 
 
 def whole(run):
@@ -79,7 +80,7 @@ def aimed(run, rng):
     moment = rng.choice([key for key in AIMED if left[key]])
     what = rng.choice(AIMED[moment][-1])
     fault = (moment, rng.randint(1, left[moment]), what)
-    faulty = 0 if moment in ("save", "report", "config") else rng.randrange(run.processes)  # only the first one writes
+    faulty = 0 if moment in ("save", "report", "config", "before") else rng.randrange(run.processes)  # only the first one writes
     name = f"{what} in {moment}" if what.startswith("SIG") else what
     return name, exit_codes(run, run.launched(arguments(run), fault, faulty=faulty))
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import vgpo.runs.checkpoint
-from vgpo.runs.checkpoint import checkpoints, newest_whole, read_checkpoint, save_checkpoint, supplant
-from vgpo.config import replace_text
+from vgpo.runs.checkpoint import checkpoints, newest_valid, read_checkpoint, replace_folder, save_checkpoint
+from vgpo.files import atomic_write
 
 
 class Killed(BaseException):
@@ -27,7 +27,7 @@ def save_epoch(folder, epoch, **more):
 
 def epoch_of(folder):
     "The epoch of the checkpoint that is found in a folder; tensors and state must be of the same one."
-    tensors, state = read_checkpoint(newest_whole(folder))
+    tensors, state = read_checkpoint(newest_valid(folder))
     assert torch.equal(tensors["weight"], torch.full((2,), float(state["epoch"])))
     return state["epoch"]
 
@@ -119,16 +119,16 @@ def test_a_kill_leaves_one_of_the_best(monkeypatch, tmp_path):
     for n in range(1, 100):
         folder = tmp_path / str(n)
 
-        def supplanted(epoch, folder=folder):
+        def replaced(epoch, folder=folder):
             (folder / "new").mkdir(parents=True, exist_ok=True)
             (folder / "new" / "weights").write_text(f"those of epoch {epoch}")
-            supplant(folder / "new", folder / f"epoch-{epoch}")
+            replace_folder(folder / "new", folder / f"epoch-{epoch}")
 
-        supplanted(1)
-        killed = kill_at(monkeypatch, n, lambda: supplanted(2))
+        replaced(1)
+        killed = kill_at(monkeypatch, n, lambda: replaced(2))
         found = {path.name[6:]: (path / "weights").read_text() for path in folder.glob("epoch-*")}
         assert found and all(text == f"those of epoch {epoch}" for epoch, text in found.items())
-        supplanted(3)
+        replaced(3)
         assert [path.name for path in folder.iterdir()] == ["epoch-3"]
         if not killed:
             break
@@ -153,7 +153,7 @@ def test_round_trip_to_the_last_bit(tmp_path):
     }
     state = {"epoch": 2, "seconds": 1 / 3, "name": "σ", "none": None, "list": [1, 2.5]}
     path = save_checkpoint(tmp_path / "deep" / "run", tensors, state, also=lambda p: (p / "more").write_text("x"))
-    assert path == newest_whole(tmp_path / "deep" / "run")
+    assert path == newest_valid(tmp_path / "deep" / "run")
     loaded, same = read_checkpoint(path)
     assert same == state and set(loaded) == set(tensors)
     for key, value in tensors.items():
@@ -220,19 +220,19 @@ def test_a_file_that_cannot_be_read_counts_as_damaged(tmp_path):
 
 
 def test_nothing_whole_is_an_error_and_nothing_at_all_is_a_beginning(tmp_path):
-    assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "nowhere") is None
+    assert newest_valid(tmp_path) is None and newest_valid(tmp_path / "nowhere") is None
     for epoch in (1, 2):
         flip(save_epoch(tmp_path, epoch) / "state.json")
     with pytest.raises(ValueError, match="none is left that is whole: start the run anew") as caught:
-        newest_whole(tmp_path)
+        newest_valid(tmp_path)
     assert "\n" not in str(caught.value)
     assert len(checkpoints(tmp_path)) == 2  # nobody touched them
 
 
 def test_text_is_replaced_whole(monkeypatch, tmp_path):
     path = tmp_path / "log"
-    replace_text(path, "old")
+    atomic_write(path, "old")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
-        replace_text(path, "new")
+        atomic_write(path, "new")
     assert path.read_text() == "old"

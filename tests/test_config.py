@@ -2,36 +2,36 @@ import ast
 import inspect
 import math
 import re
-import subprocess
-import sys
-from dataclasses import asdict, fields, is_dataclass, replace
-from typing import get_args
+import textwrap
+from dataclasses import fields, is_dataclass, replace
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin
 
 import pytest
 import yaml
+from plug_classes import option_types
 
-import vgpo.config
-from vgpo.config import (
-    RANGES,
-    RECIPES,
-    Config,
-    check_config,
-    options,
-    parse_config,
-    recipe_path,
-    save_config,
-    value_of,
-    within,
-)
+from vgpo.config import PLUGS, RECIPES, Config, as_data, option_names, parse_config, plug_classes, recipe_files, save_config
+from vgpo.config import recipe_path as path_of
+from vgpo.credit.gdpo import GDPO, DecoupledVGPO
+from vgpo.credit.grpo import GRPO
+from vgpo.credit.vgpo import VGPO
+from vgpo.objectives.clipped import ClippedSurrogate
+from vgpo.plugs import check_fields
+from vgpo.runs.resume import leaves
+from vgpo.sde import DanceSDE, FlowCPS, FlowSDE
+from vgpo.windows import Leading, Random
+
+SECTIONS = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
 
 
 @pytest.fixture
 def recipe(tmp_path):
     "Writes a recipe and returns the command line that reads it."
 
-    def write(text):
-        (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
-        return ["--recipe", str(tmp_path / "mine.yaml")]
+    def write(text, name="mine"):
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+        return ["--recipe", str(tmp_path / f"{name}.yaml")]
 
     return write
 
@@ -44,87 +44,152 @@ def changed(config, option, value):
     return replace(config, **{section: replace(getattr(config, section), **{leaf: value})})
 
 
-def explanations(cls=Config, prefix=""):
-    "The string under each field, read from the source."
-    body = ast.parse(inspect.getsource(cls)).body[0].body
+def explanations(kind):
+    "{field: the string under it}, read from the source of a dataclass and of its bases."
     found = {}
-    for node, after in zip(body, body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
-            found[prefix + node.target.id] = after.value.value
-    for f in fields(cls):
-        if is_dataclass(f.type):
-            found |= explanations(f.type, f"{prefix}{f.name}.")
+    for cls in reversed([c for c in kind.__mro__ if c.__module__.partition(".")[0] == "vgpo"]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+        for node, after in zip(body, body[1:], strict=False):
+            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+                found[node.target.id] = after.value.value
     return found
 
 
+def same(one, other):
+    return as_data(one) == as_data(other)
+
+
+# --- what is read ---
+
+
 def test_precedence(recipe):
-    mine = recipe("optim: {lr: 1e-4}\nvalues:\n  gamma: 0.5\n")
+    mine = recipe("optim: {lr: 1e-4}\ncredit:\n  class_path: VGPO\n  init_args: {gamma: 0.5}\n")
     config = parse_config(mine)
-    assert config.optim.lr == 1e-4 and config.values.gamma == 0.5
-    assert config == changed(changed(Config(), "optim.lr", 1e-4), "values.gamma", 0.5)  # the rest are defaults
-    for line in ([*mine, "--values.gamma", "0.9"], ["--values.gamma=0.9", *mine], ["--values.gamma", "0.9", *mine]):
-        assert parse_config(line) == changed(config, "values.gamma", 0.9)
+    assert config.optim.lr == 1e-4 and config.credit == VGPO(gamma=0.5)
+    expected = changed(changed(Config(reward=config.reward), "optim.lr", 1e-4), "credit.gamma", 0.5)
+    assert same(config, expected)  # the rest are defaults
+    for line in ([*mine, "--credit.gamma", "0.9"], ["--credit.gamma=0.9", *mine], ["--credit.gamma", "0.9", *mine]):
+        assert same(parse_config(line), changed(config, "credit.gamma", 0.9))
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses_and_survives_saving(path, tmp_path):
-    config = parse_config(["--recipe", path.stem, "--values.gamma", "0.8"])
-    assert config.values.gamma == 0.8 and isinstance(config, Config)
+    config = parse_config(["--recipe", path.stem, "--credit.advantage_clip", "0.8"])
+    assert config.credit.advantage_clip == 0.8 and isinstance(config, Config)
     save_config(config, tmp_path / "config.yaml")
-    assert parse_config(["--recipe", str(tmp_path / "config.yaml")]) == config
+    assert same(parse_config(["--recipe", str(tmp_path / "config.yaml")]), config)
 
 
 def test_no_argument_is_the_main_recipe():
-    assert parse_config([]) == parse_config(["--recipe", "tiny-geneval"]) == parse_config(["--recipe=tiny-geneval"])
+    main = parse_config(["--recipe", "tiny-geneval"])
+    assert same(parse_config([]), main) and same(parse_config(["--recipe=tiny-geneval"]), main)
+
+
+def test_a_recipe_may_build_on_another(recipe, tmp_path):
+    recipe("epochs: 7\noptim: {lr: 1e-4, weight_decay: 0}\ncredit: {class_path: VGPO, init_args: {gamma: 0.5, anchor_steps: 2}}\n",
+           "lowest")  # fmt: skip
+    recipe("base: lowest.yaml\noptim: {lr: 1e-3}\ncredit: {class_path: VGPO, init_args: {gamma: 0.25}}\n", "middle")
+    highest = recipe("base: middle.yaml\nseed: 3\n", "highest")
+    config = parse_config(highest)
+    assert (config.epochs, config.seed, config.optim.lr, config.optim.weight_decay) == (7, 3, 1e-3, 0)
+    assert config.credit == VGPO(gamma=0.25, anchor_steps=2)  # what is not said again is kept
+    assert parse_config([*highest, "--optim.lr=2e-3"]).optim.lr == 2e-3
+    assert [path.stem for path in recipe_files(highest[1])] == ["lowest", "middle", "highest"]
+    assert parse_config(recipe("base: tiny-ocr\n")).name == "tiny-ocr"
+    other = parse_config(recipe("base: lowest.yaml\ncredit: GRPO\n"))
+    assert other.credit == GRPO()  # another class has nothing of the first one's options
+    save_config(config, tmp_path / "saved.yaml")
+    assert "base" not in yaml.safe_load((tmp_path / "saved.yaml").read_text())
+
+
+def test_a_recipe_does_not_build_on_itself(recipe):
+    recipe("base: two.yaml\n", "one")
+    two = recipe("base: one.yaml\n", "two")
+    with pytest.raises(ValueError, match="two.yaml: the recipe builds on itself; take `base` out"):
+        parse_config(two)
+
+
+def test_every_plug_is_chosen_by_its_name_with_its_own_options():
+    for line, plug in {
+        "--sampler FlowCPS --sampler.noise_level 0.3": FlowCPS(0.3), "--sampler DanceSDE": DanceSDE(0.7),
+        "--window Random --window.size 2 --window.start 1 --window.stop 8 --window.per group": Random(2, 1, 8, "group"),
+        "--credit GRPO --credit.scale_rewards batch": GRPO("batch"), "--credit GDPO": GDPO(),
+        "--credit DecoupledVGPO --credit.gamma 1": DecoupledVGPO(gamma=1.0, num_scored_steps=5),
+        "--credit vgpo.credit.vgpo.VGPO": VGPO(num_scored_steps=5),
+        "--objective.beta 0.1": ClippedSurrogate(clip_range=1e-3, beta=0.1),
+    }.items():  # fmt: skip
+        assert getattr(parse_config(line.split()), line[2:].split()[0].split(".")[0]) == plug, line
 
 
 def test_awkward_values_survive_saving(tmp_path):
     config = Config(name="1e-4", seed=2**40)
     for option, value in {
         "optim.lr": 1 / 3,
-        "optim.clip_range": 1e-300,
+        "objective.clip_range": 1e-300,
         "optim.betas": (0.5, 1e-05),
-        "optim.decay": True,
+        "optim.lr_scheduler": "cosine",
         "model.resolution": 512,
         "model.lora_targets": ["attn.to_q", "1e3"],
         "model.path": "C:\\models: #1 'ü'",
         "prompts.train": "null",
         "prompts.test": "no",
-        "reward.options": {"weights": [0.5, 0.25], "on": 1, "deep": {"none": None}},
-    }.items():
+        "reward": {
+            "class_path": "vgpo.rewards.base.Function",
+            "init_args": {"function": "tiny_rewards:power", "options": {"weights": [0.5], "on": 1, "deep": {"none": None}}, "name": ""},
+        },
+    }.items():  # fmt: skip
         config = changed(config, option, value)
     save_config(config, tmp_path / "config.yaml")
-    assert parse_config(["--recipe", str(tmp_path / "config.yaml")]) == config
+    assert same(parse_config(["--recipe", str(tmp_path / "config.yaml")]), config)
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert set(saved) == {f.name for f in fields(Config)}  # every option, so later defaults do not matter
-    assert all(
-        set(saved[name]) == set(section) for name, section in asdict(config).items() if isinstance(section, dict)
-    )
+    assert all(set(saved[name]) == {f.name for f in fields(kind)} for name, kind in SECTIONS.items())
+    for name in ("sampler", "window", "credit", "objective"):
+        assert set(saved[name]["init_args"]) == {f.name for f in fields(getattr(config, name))}
+
+
+def test_print_config_is_what_a_run_saves(recipe, capsys, tmp_path):
+    mine = recipe("optim: {lr: 1e-4}\n")
+    with pytest.raises(SystemExit) as end:
+        parse_config([*mine, "--credit.gamma", "0.7", "--print_config"])
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed.pop("base", None) is None
+    save_config(parse_config([*mine, "--credit.gamma", "0.7"]), tmp_path / "config.yaml")
+    assert printed == yaml.safe_load((tmp_path / "config.yaml").read_text())
+
+
+# --- what is refused ---
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--valuess.gamma 0.9", "there is no option valuess.gamma; did you mean values.gamma?"),
-        ("--values.gama=0.9", "there is no option values.gama; did you mean values.gamma?"),
-        ("--values.gamm 0.9", "there is no option values.gamm; did you mean values.gamma?"),  # no abbreviations
+        ("--creditt.gamma 0.9", "there is no option creditt.gamma; did you mean credit.gamma?"),
+        ("--credit.gama=0.9", "there is no option credit.gama; did you mean credit.gamma?"),
+        ("--credit.gamm 0.9", "there is no option credit.gamm; did you mean credit.gamma?"),  # no abbreviations
+        ("--optim.lrr 0.9", "there is no option optim.lrr; did you mean optim.lr?"),
+        ("--credit GRPO --credit.gamma 1", "there is no option credit.gamma in the chosen class; it is one of VGPO, DecoupledVGPO"),
+        ("--window.per group", "there is no option window.per in the chosen class; it is one of Random"),
+        ("--reward OCR --reward.moode full", "there is no option reward.moode; did you mean reward.mode?"),
+        ("--sampler.q 1", "there is no option sampler.q; --sampler.help CLASS lists those of a class"),
         ("--xyzzy 1", "there is no option xyzzy; --help lists all of them"),
-        ("--values.gamma high", "values.gamma must be float, not high"),
-        ("--sampling.steps 2.5", "sampling.steps must be int, not 2.5"),
-        (
-            "--sampling.sampler euler",
-            "sampling.sampler must be one of ['flow-sde', 'dance-sde', 'flow-cps'], not euler",
-        ),
-        ("--model.dtype float8", "model.dtype must be one of ['float32', 'bfloat16', 'float16'], not float8"),
-        ("--optim.betas [0.9]", "optim.betas must be tuple with 2 elements, not [0.9]"),
-        ("--optim.lr nan", "optim.lr must be float, not nan"),
-        ("--seed null", "seed must be int, not None"),
+        ("--credit.gamma high", "credit.gamma must be a number, not high"),
+        ("--rollout.num_inference_steps 2.5", "rollout.num_inference_steps must be a whole number, not 2.5"),
+        ("--sampler Euler", "sampler: there is no class Euler; known are DanceSDE, FlowCPS, FlowSDE, and module.Class"),
+        ("--model.dtype float8", "model.dtype must be one of 'float32', 'bfloat16', 'float16', not float8"),
+        ("--optim.betas [0.9]", "optim.betas must be a tuple with 2 elements, not [0.9]"),
+        ("--optim.betas [0.9,1.0]", "optim.betas is 1.0; it must be a number v with v>=0 and v<1"),
+        ("--optim.lr nan", "optim.lr is nan; it must be a number v with v>0"),
+        ("--seed null", "seed must be a number, not null"),
         ("--epochs", "argument --epochs: expected one argument"),
         ("--recipe", "--recipe needs a recipe's name or a .yaml file after it"),
         ("stray", "'stray' belongs to no option; options begin with --"),
-        ("--values.gamma 2", "values.gamma is 2.0; it must lie in [0, 1]"),
+        ("--credit.gamma 2", "credit.gamma is 2; it must be a number v with v>=0 and v<=1"),
+        ("--reward OCR --reward.threads 0", "reward.threads is 0; it must be a number v with v>0"),
+        ("--rollout.async_scoring maybe", "rollout.async_scoring must be a bool, not maybe"),
     ],
-)
+)  # fmt: skip
 def test_bad_command_lines(line, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         parse_config(line.split())
@@ -133,18 +198,21 @@ def test_bad_command_lines(line, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("values: {gama: 0.9}", "mine.yaml: there is no option values.gama; did you mean values.gamma?"),
-        ("valuez: {}", "mine.yaml: there is no option valuez; did you mean values?"),
-        ("values: 3", "mine.yaml: values must hold lines `option: value`, not 3"),
-        ("values:", "mine.yaml: values must hold lines `option: value`, not None"),
+        ("credit: {gama: 0.9}", "mine.yaml: there is no option credit.gama; did you mean credit.gamma?"),
+        ("credit: {class_path: VGPO, init_args: {gama: 0.9}}", "mine.yaml: there is no option credit.gama; did you mean"),
+        ("creditz: {}", "mine.yaml: there is no option creditz; did you mean credit?"),
+        ("optim: {lrr: 1}", "mine.yaml: there is no option optim.lrr; did you mean optim.lr?"),
+        ("rollout: 3", "mine.yaml: rollout must hold lines `option: value`, not 3"),
+        ("rollout:", "mine.yaml: rollout must hold lines `option: value`, not None"),
         ("seed: null", "mine.yaml: seed has no value; give it one, or leave it out for its default"),
         ("recipe: tiny-ocr", "mine.yaml: there is no option recipe; "),
-        ("values: {gamma: high}", "mine.yaml: values.gamma must be float, not high"),
-        ("advantage: {kind: ppo}", "mine.yaml: advantage.kind must be one of ['vgpo', 'grpo'], not ppo"),
-        ("- a\n- b", "mine.yaml: a recipe must hold lines `option: value`, not ['a', 'b']"),
-        ("", "mine.yaml: a recipe must hold lines `option: value`, not None"),
-        ("values: {gamma: [}", "mine.yaml: not valid YAML: "),
-        ("values: {gamma: .nan}", "values.gamma is nan; it must lie in [0, 1]"),
+        ("base: 3", "mine.yaml: base must be a recipe's name, not 3"),
+        ("credit: {class_path: VGPO, init_args: {gamma: high}}", "mine.yaml: credit.gamma must be a number, not high"),
+        ("credit: PPO", "mine.yaml: credit: there is no class PPO; known are DecoupledVGPO, GDPO, GRPO, VGPO, and"),
+        ("- a\n- b", "mine.yaml: a recipe must hold lines `option: value`"),
+        ("", "mine.yaml: a recipe must hold lines `option: value`"),
+        ("credit: {gamma: [}", "mine.yaml: not valid YAML: "),
+        ("optim: {lr: .nan}", "optim.lr is nan; it must be a number v with v>0"),
     ],
 )
 def test_bad_recipes(recipe, text, message):
@@ -153,76 +221,133 @@ def test_bad_recipes(recipe, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_recipes():
+def test_missing_recipes(recipe):
     for name in ("tiny-genevall", "nowhere.yaml"):
         message = f"there is no recipe '{name}'; give a .yaml file or one of .*tiny-geneval"
         with pytest.raises(FileNotFoundError, match=message):
-            recipe_path(name)
+            path_of(name)
+        with pytest.raises(FileNotFoundError, match=message):
+            parse_config(recipe(f"base: {name}"))
 
 
-def test_intervals():
-    assert [within(x, "[0, 1)") for x in (-1e-9, 0, 0.5, 1)] == [False, True, True, False]
-    assert [within(x, "(0, 1]") for x in (0, 1e-300, 1, 1.1)] == [False, True, True, False]
-    assert not within(math.inf, "[0, inf)") and not within(math.nan, "[0, inf)")
+# --- numbers ---
 
 
-def test_every_number_has_a_range_and_every_range_works():
-    numbers = {name for name, kind in options().items() if {kind, *get_args(kind)} & {int, float}}
-    assert numbers - set(RANGES) == {"seed", "reward.parts", "optim.betas"} and set(RANGES) <= numbers
-    assert check_config(Config()) == Config()
-    for option, interval in RANGES.items():
-        low, high = map(float, interval[1:-1].split(","))
-        for wrong in (low - 1, low if interval[0] == "(" else low - 0.5, high + 1, math.nan):
-            with pytest.raises(ValueError, match=f"^{option} is .*; it must lie in {re.escape(interval)}$"):
-                check_config(changed(Config(), option, wrong))
+def numbers():
+    "{option: its type, int and float for plain ones} of all numbers in a Config, whichever plugs are chosen."
+    found = dict(option_types(Config, as_data(Config())))
+    for option in PLUGS:
+        for kind in plug_classes(option).values():
+            found |= {f"{option}.{kind.__name__}.{f.name}": f.type for f in fields(kind) if f.init}
+    result = {}
+    for option, kind in found.items():
+        parts = get_args(kind) if get_origin(kind) in (Union, UnionType, tuple) else (kind,)
+        numbers = [part for part in parts if inspect.isclass(part) and issubclass(part, (int, float)) and part not in (bool, NoneType)]
+        if numbers:
+            result[option] = numbers[0]
+    return result
+
+
+def unloaded(kind, name, value):
+    "Check the fields of a plug, one of them of this value and the others of none, without loading what it needs."
+    plug = object.__new__(kind)
+    for f in fields(kind):
+        object.__setattr__(plug, f.name, value if f.name == name else f.default)
+    check_fields(plug)
+
+
+def test_every_number_has_a_range():
+    free = {option.rpartition(".")[2] for option, kind in numbers().items() if kind in (int, float)}
+    assert free == {
+        "noise_level",  # each sampler checks its own, see below
+        "low", "high",  # of a scale that the user's question asks for
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("option", [option for option, kind in numbers().items() if hasattr(kind, "_restrictions")])
+def test_every_range_works(option):
+    name, kind = option.replace(".init_args", ""), numbers()[option]
+    plug = name.split(".")[0] if name.count(".") == 2 else None
+    for comparison, limit in kind._restrictions:
+        beyond = {"gt": limit, "ge": limit - 1, "lt": limit, "le": limit + 1}[comparison.__name__]
+        for wrong in (beyond, math.nan):
+            message = rf"\b{name.rpartition('.')[2]} is .*; it must be a number v with {re.escape(kind._expression)}"
+            with pytest.raises(ValueError, match=message):
+                if plug:  # before it loads anything
+                    unloaded(plug_classes(plug)[name.split(".")[1]], name.rpartition(".")[2], wrong)
+                else:
+                    changed(Config(), name, (wrong, 0.5) if name == "optim.betas" else wrong)
+
+
+@pytest.mark.parametrize("sampler, wrong", [(FlowSDE, -1), (DanceSDE, math.inf), (FlowCPS, 1.5), (FlowSDE, math.nan), (FlowCPS, 0)])
+def test_noise_levels_that_cannot_be(sampler, wrong):
+    with pytest.raises(ValueError, match="noise_level"):
+        Config(sampler=sampler(wrong))
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("sampling.sde_steps", 11, "sampling.sde_steps is 11; it must lie in 1 to sampling.steps, 10"),
-        ("values.reward_steps", 11, "values.reward_steps is 11; it must lie in 1 to sampling.steps, 10"),
-        ("optim.updates", 3, "optim.updates is 3; it must divide the 128 images of an epoch"),
-        ("optim.betas", (0.9, 1.0), "optim.betas is (0.9, 1.0); both must lie in [0, 1)"),
+        ("window.size", 11, "window.size is 11; it must lie in 1 to rollout.num_inference_steps, 10"),
+        ("credit.num_scored_steps", 11, "credit.num_scored_steps is 11; it must lie in 1 to rollout.num_inference_steps, 10"),
+        ("optim.num_minibatches", 3, "optim.num_minibatches is 3; it must divide the 128 images of an epoch"),
         ("name", "a/b", "name is 'a/b'; it must be the name of a folder"),
         ("name", "", "name is ''; it must be the name of a folder"),
         ("name", "..", "name is '..'; it must be the name of a folder"),
+        ("early_stopping.patience", 2, "early_stopping.patience is 2; it counts held-out evaluations: set evaluation.eval_every"),
     ],
-)
+)  # fmt: skip
 def test_contradictions(option, value, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        check_config(changed(Config(), option, value))
+        changed(Config(), option, value)
+
+
+@pytest.mark.parametrize("objective", [ClippedSurrogate(beta=0.1), ClippedSurrogate(target_kl=0.1)], ids=repr)
+def test_without_adapters_there_is_no_reference(objective):
+    config = changed(Config(), "model.lora_rank", 0)
+    with pytest.raises(ValueError, match="set objective.beta and objective.target_kl to 0, or train adapters"):
+        replace(config, objective=objective)
+
+
+def test_sampler_and_window_must_fit():
+    with pytest.raises(ValueError, match="window.size"):
+        Config(sampler=FlowCPS(), window=Leading(10))
+    Config(sampler=FlowSDE(), window=Leading(10))
+
+
+# --- help ---
+
+
+def shown(monkeypatch, capsys, *words):
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit) as end:
+        parse_config(list(words))
+    assert end.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_help_explains_every_option(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "10000")
-    with pytest.raises(SystemExit) as end:
-        parse_config(["--help"])
-    text, explained = capsys.readouterr().out, explanations()
-    assert end.value.code == 0 and set(options()) <= set(explained)
-    usage = "usage: python -m vgpo.train [--plan | --resume RUN] [--recipe NAME|FILE.yaml] [--OPTION VALUE ...]\n"
-    assert text.startswith(usage)
-    for option in options():
-        (entry,) = re.findall(rf"^  --{re.escape(option)} (.*?)(?=^  -|^$|\Z)", text, re.M | re.S)
-        assert explained[option] in entry and "default: " in entry
+    text = shown(monkeypatch, capsys, "--help")
+    assert text.startswith("usage: python -m vgpo.train [--resume RUN] [--recipe NAME|FILE.yaml] [--OPTION VALUE ...]\n")
+    for prefix, kind in {"": Config, **{f"{name}.": kind for name, kind in SECTIONS.items()}}.items():
+        for f in fields(kind):
+            if not prefix and f.name in SECTIONS:
+                continue
+            (entry,) = re.findall(rf"^  --{re.escape(prefix + f.name)} (.*?)(?=^  -|^$|\Z)", text, re.M | re.S)
+            assert explanations(kind)[f.name] in entry and "default: " in entry
 
 
-def test_print_config_is_what_a_run_saves(recipe, capsys, tmp_path):
-    mine = recipe("optim: {lr: 1e-4}\n")
-    with pytest.raises(SystemExit) as end:
-        parse_config([*mine, "--values.gamma", "0.7", "--print_config"])
-    assert end.value.code == 0
-    save_config(parse_config([*mine, "--values.gamma", "0.7"]), tmp_path / "config.yaml")
-    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load((tmp_path / "config.yaml").read_text())
+@pytest.mark.parametrize("option", [option for option in PLUGS if option != "callbacks"])
+def test_help_of_a_plug_explains_its_options(monkeypatch, capsys, option):
+    for name, kind in plug_classes(option).items():
+        text = shown(monkeypatch, capsys, f"--{option}.help", name)
+        for f in fields(kind):
+            if f.init:
+                assert f"--{option}.{f.name} " in text and explanations(kind)[f.name] in text, (name, f.name)
 
 
-def test_options_are_the_leaves():
-    assert all(not is_dataclass(kind) for kind in options().values())
-    assert value_of(Config(), "values.gamma") == Config().values.gamma and value_of(Config(), "seed") == 0
-
-
-def test_the_config_knows_nothing_heavy():
-    "A mistyped option must not cost the seconds that it takes to import torch."
-    code = "import sys, vgpo.config; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert vgpo.config.RECIPES.is_dir()
+def test_names_of_options_are_those_of_all_plugs():
+    names = option_names()
+    assert len(names) == len(set(names)) and {"seed", "optim.lr", "credit.gamma", "window.per", "reward.threads"} <= set(names)
+    for option in leaves(as_data(parse_config([]))):
+        assert option.replace(".init_args", "").removesuffix(".class_path") in names

@@ -80,6 +80,7 @@ def goes_on(run, outcome, code=0):
         (("log", 2, "SIGKILL"), 4, [2]),  # epochs 2 and 3 are logged but not saved
         (("save", 2, "SIGKILL"), 4, [2]),
         (("report", 1, "SIGKILL"), 5, [4, 5]),
+        (("before", 1, "SIGKILL"), 0, []),  # half an evaluation is kept, and made again
     ],
 )
 def test_killed(run, unbroken, fault, logged, saved):
@@ -103,8 +104,8 @@ def test_killed_before_the_first_checkpoint(run, unbroken):
 
 def test_resumed_before_the_first_checkpoint_it_is_still_the_same_run(run, unbroken):
     assert run.start(("rollout", 1, "SIGKILL"))[0] == -9
-    code, said = run.resume(more=("--seed=7", "--samples_every=50"))
-    assert code == 1 and "seed: 0 -> 7" in said and "samples_every" not in said
+    code, said = run.resume(more=("--seed=7", "--log_images_every=50"))
+    assert code == 1 and "seed: 0 -> 7" in said and "log_images_every" not in said
     goes_on(run, unbroken)
 
 
@@ -220,18 +221,18 @@ def test_all_checkpoints_are_damaged(copy):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("raising", "failed on 4 pictures (first prompt '{prompt}'): RuntimeError: the judge is out"),
-        ("hanging", "failed on 4 pictures (first prompt '{prompt}'): TimeoutError: no answer within 3.0 s: "),
+        ("raising", "failed on 4 images (first prompt '{prompt}'): RuntimeError: the reward is out"),
+        ("hanging", "failed on 4 images (first prompt '{prompt}'): TimeoutError: no answer within 3.0 s: "),
         (
             "nan_score",
             "gave row 0, prompt '{prompt}', the raw score nan: raise an error where there",
         ),
-        ("short", "returned raw scores of shape (3,) for 4 pictures: return one number a picture"),
+        ("short", "returned raw scores of shape (3,) for 4 images: return one number per image"),
         ("outside", "gave row 0, prompt '{prompt}', the scaled score 1.0"),
     ],
 )
 def test_the_reward_fails(run, unbroken, what, message):
-    run.options += ["--reward.timeout=3"]
+    run.options += ["--rollout.reward_timeout=3"]
     code, said = run.start(("reward", 9, what))
     assert code == 1
     error, again = said.splitlines()[-2:]
@@ -244,10 +245,10 @@ def test_the_reward_fails(run, unbroken, what, message):
 
 def test_the_loss_is_not_finite(run, unbroken):
     code, said = run.start(("loss", 13, "nan_loss"), ("loss", 15, "nan_loss"))
-    assert code == 1 and said.splitlines()[-1].startswith(
-        "error: 2 updates in a row had a non-finite loss or gradient; lower optim.lr, or raise optim.clip_range, "
-    )
-    assert run.saved() == [2]
+    error, again = said.splitlines()[-2:]
+    assert code == 1 and error.startswith("error: 2 updates in a row had a non-finite loss or gradient; lower optim.lr, ")
+    assert "or raise objective.clip_range, and start again, or resume from the last checkpoint" in error
+    assert run.saved() == [2] and again == run.again(2)
     goes_on(run, unbroken)
 
 
@@ -255,7 +256,7 @@ def test_a_single_update_is_skipped_and_counted(run):
     code, said = run.start(("loss", 13, "nan_loss"))
     assert code == 0, said
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 1]
+    assert [row["nonfinite_updates"] for row in rows] == [0, 0, 0, 1, 1]
     assert run.outcome()["skipped"] == 1
 
 
@@ -284,7 +285,7 @@ def test_one_of_two_dies(pair, unbroken_pair):
 
 def test_the_reward_fails_in_one_of_two(pair, unbroken_pair):
     codes, said = pair.start(("reward", 9, "raising"))
-    assert codes == [1, 1] and said.count("the judge is out") == 1, said
+    assert codes == [1, 1] and said.count("the reward is out") == 1, said
     assert pair.saved() == [2, 3] and pair.again(3) in said
     goes_on_together(pair, unbroken_pair)
 
@@ -345,9 +346,9 @@ def test_two_start_with_one_name(tiny_folder, tmp_path, unbroken):
 
 def test_resumed_with_another_recipe(copy):
     before = contents(copy.folder)
-    code, said = copy.resume(more=["--optim.lr=0.01", "--sampling.group_size=4", "--checkpoint_every=1"])
+    code, said = copy.resume(more=["--optim.lr=0.01", "--rollout.group_size=4", "--save_every=1"])
     assert code == 1 and said == (
-        "error: the recipe is not that of the checkpoint: sampling.group_size: 2 -> 4; optim.lr: 0.001 -> 0.01; "
+        "error: the recipe is not that of the checkpoint: rollout.group_size: 2 -> 4; optim.lr: 0.001 -> 0.01; "
         "put it back to resume, or start another run, without --resume"
     )
     recipe = yaml.safe_load((copy.folder / "config.yaml").read_text())
@@ -360,10 +361,10 @@ def test_resumed_with_another_recipe(copy):
 
 
 def test_resumed_with_harmless_changes(copy, unbroken):
-    code, said = copy.resume(("rollout", 1, "SIGKILL"), more=["--checkpoint_every=1", "--reward.timeout=50"])
+    code, said = copy.resume(("rollout", 1, "SIGKILL"), more=["--save_every=1", "--rollout.reward_timeout=50"])
     assert code == -9
-    assert "changed: checkpoint_every: 2 -> 1" in said and "changed: reward.timeout: 600.0 -> 50.0" in said
-    assert yaml.safe_load((copy.folder / "config.yaml").read_text())["checkpoint_every"] == 1
+    assert "changed: save_every: 2 -> 1" in said and "changed: rollout.reward_timeout: 600.0 -> 50.0" in said
+    assert yaml.safe_load((copy.folder / "config.yaml").read_text())["save_every"] == 1
     goes_on(copy, unbroken)
 
 

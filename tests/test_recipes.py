@@ -8,10 +8,14 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from vgpo.config import RECIPES, parse_config, value_of
+from vgpo.batches import solve_batches
+from vgpo.config import RECIPES, as_data, parse_config
+from vgpo.credit.grpo import GRPO
+from vgpo.credit.vgpo import VGPO
 from vgpo.flow import shifted_sigmas
-from vgpo.plan import config_batches
-from vgpo.rewards.base import REWARDS
+from vgpo.rewards.base import reward_classes
+from vgpo.runs.resume import leaves
+from vgpo.sde import FlowSDE
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 FULL = [name for name in NAMES if not name.startswith("tiny")]
@@ -29,19 +33,37 @@ def test_the_recipes_are_there():
     assert {*PAPER, "sd35-ocr-24gb", "sd35-ocr-80gb", "flux-pickscore", "tiny-geneval", "tiny-ocr"} <= set(NAMES)
 
 
+def values(name):
+    "{option: value} of a recipe, plugs by the names of their classes."
+    found = leaves(as_data(recipe(name)))
+    plugs = {option[: -len(".class_path")]: value for option, value in found.items() if option.endswith(".class_path")}
+    return {option.replace(".init_args", ""): value for option, value in found.items()} | {
+        option: path.rpartition(".")[2] for option, path in plugs.items()
+    }
+
+
+def batches(name, processes=1):
+    c = recipe(name)
+    rollout = c.rollout
+    return solve_batches(
+        rollout.prompts_per_epoch, rollout.group_size, c.optim.num_minibatches, rollout.micro_batch_size, processes
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_is_a_config_with_its_own_name_and_a_known_reward(name):
     config = recipe(name)
     assert config.name == name
-    assert set(config.reward.parts or [config.reward.name]) <= set(REWARDS)
-    if name.startswith("sd35-ocr"):  # pictures are more than one line of text
-        assert config.reward.options["mode"] == "full"
+    assert values(name)["reward"] in reward_classes()
+    if name.startswith("sd35-ocr"):  # images are more than one line of text
+        assert config.reward["init_args"]["mode"] == "full"
 
 
 @pytest.mark.parametrize("name", FULL)
 def test_every_value_of_a_full_scale_recipe_says_where_it_comes_from(name):
     given = (RECIPES / f"{name}.yaml").read_text()
-    free = ("name:", "samples_every:", "checkpoint_every:", "kind:", "test:", "options:", "guidance_scale: 1.0  #")
+    free = ("base:", "name:", "log_images_every:", "save_every:", "test:", "init_args:", "class_path: VGPO", "class_path: GRPO")
+    free += ("class_path: Leading", "class_path: FlowSDE", "class_path: ClippedSurrogate")
     lines = [line.strip() for line in given.splitlines() if line.strip() and not line.startswith("#")]
     silent = [line for line in lines if not line.endswith(":") and not line.startswith(free)]
     silent = [line for line in silent if not re.search(r"  # (\[[PFO]\]|a generator, .*\[F\])", line)]
@@ -52,60 +74,59 @@ def test_every_value_of_a_full_scale_recipe_says_where_it_comes_from(name):
 FLOW_GRPO = {
     "model.path": "stabilityai/stable-diffusion-3.5-medium",
     **{"model.resolution": 512, "model.max_sequence_length": 128, "model.lora_rank": 32, "model.lora_alpha": 64},
-    **{"sampling.steps": 10, "sampling.sde_steps": 9, "sampling.guidance_scale": 4.5, "sampling.noise_level": 0.7},
-    **{"sampling.groups": 48, "sampling.group_size": 24, "sampling.batch_size": 9, "sampling.sampler": "flow-sde"},
-    **{"optim.lr": 3e-4, "optim.betas": (0.9, 0.999), "optim.weight_decay": 1e-4, "optim.updates": 2},
-    **{"optim.guidance_scale": 4.5, "optim.clip_range": 1e-4, "optim.max_grad_norm": 1.0, "advantage.clip": 5.0},
-    **{"evaluation.steps": 40, "evaluation.guidance_scale": 4.5, "evaluation.every": 60},
+    **{"rollout.num_inference_steps": 10, "rollout.guidance_scale": 4.5, "rollout.prompts_per_epoch": 48},
+    **{"rollout.group_size": 24, "rollout.micro_batch_size": 9, "sampler": "FlowSDE", "sampler.noise_level": 0.7},
+    **{"window": "Leading", "window.size": 9, "optim.lr": 3e-4, "optim.betas": [0.9, 0.999], "optim.weight_decay": 1e-4},
+    **{"optim.lr_scheduler": "constant", "optim.num_minibatches": 2, "optim.max_grad_norm": 1.0},
+    **{"objective": "ClippedSurrogate", "objective.guidance_scale": 4.5, "objective.clip_range": 1e-4},
+    **{"credit.advantage_clip": 5.0, "evaluation.num_inference_steps": 40, "evaluation.guidance_scale": 4.5},
+    "evaluation.eval_every": 60,
 }
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipes_have_flow_grpos_values(name):
-    config = recipe(name)
-    assert {option: value_of(config, option) for option in FLOW_GRPO} == FLOW_GRPO
+    config, found = recipe(name), values(name)
+    assert {option: found[option] for option in FLOW_GRPO} == FLOW_GRPO
     assert config.optim.ema_decay == pytest.approx(0.9 ** (1 / 8), abs=1e-3)  # 0.9 every eighth update
     sigmas = shifted_sigmas(10, shift=3.0)
     mean_step = (sigmas[:9] - sigmas[1:10]).mean().item()
     beta = 0.01 if "pickscore" in name else 0.04  # of a KL without 1 / step length
-    assert config.optim.kl_weight == pytest.approx(beta * mean_step, rel=0.02)
-    assert config.evaluation.images == {"geneval": 2212, "ocr": 1018, "pickscore": 2048}[config.reward.name]
+    assert config.objective.beta == pytest.approx(beta * mean_step, rel=0.02) and config.objective.kl_type == "gaussian"
+    assert config.evaluation.num_samples == {"GenEval": 2212, "OCR": 1018, "PickScore": 2048}[found["reward"]]
 
 
 @pytest.mark.parametrize("task", ["geneval", "ocr", "pickscore"])
 def test_the_twins_differ_in_nothing_but_the_method(task):
     ours, theirs = recipe(f"sd35-{task}"), recipe(f"sd35-{task}-grpo")
-    assert (ours.advantage.kind, theirs.advantage.kind) == ("vgpo", "grpo")
-    assert (ours.advantage.std, theirs.advantage.std) == ("group", "global")
-    assert ours.values.reward_steps == ours.sampling.steps and ours.advantage.anchor_steps == 5  # the paper's
-    for part in ("model", "prompts", "reward", "sampling", "optim", "evaluation"):
-        assert getattr(ours, part) == getattr(theirs, part)
+    assert ours.credit == VGPO(num_scored_steps=10, anchor_steps=5)  # the paper's: every step is scored
+    assert theirs.credit == GRPO(scale_rewards="batch")
+    ours, theirs = (as_data(config) for config in (ours, theirs))
+    for data in (ours, theirs):
+        del data["credit"], data["name"]
+    assert ours == theirs
 
 
 def test_flux_has_flow_grpos_values():
     flux = {
-        **{"model.lora_rank": 64, "model.lora_alpha": 128, "model.embedded_guidance": 3.5, "sampling.steps": 6},
-        **{"sampling.noise_level": 0.9, "sampling.batch_size": 3, "sampling.groups": 48, "sampling.group_size": 24},
-        **{
-            "sampling.guidance_scale": 1.0,
-            "optim.guidance_scale": 1.0,
-            "optim.kl_weight": 0.0,
-            "model.resolution": 512,
-        },
-        **{"evaluation.steps": 28, "evaluation.every": 30, "optim.clip_range": 1e-4, "model.dtype": "bfloat16"},
+        **{"model.lora_rank": 64, "model.lora_alpha": 128, "model.distilled_guidance_scale": 3.5, "model.resolution": 512},
+        **{"rollout.num_inference_steps": 6, "rollout.micro_batch_size": 3, "rollout.prompts_per_epoch": 48},
+        **{"rollout.group_size": 24, "rollout.guidance_scale": 1.0, "sampler.noise_level": 0.9, "window.size": 5},
+        **{"objective.guidance_scale": 1.0, "objective.beta": 0.0, "objective.clip_range": 1e-4, "model.dtype": "bfloat16"},
+        **{"evaluation.num_inference_steps": 28, "evaluation.guidance_scale": 1.0, "evaluation.eval_every": 30},
     }
-    config = recipe("flux-pickscore")
-    assert {option: value_of(config, option) for option in flux} == flux
+    found = values("flux-pickscore")
+    assert {option: found[option] for option in flux} == flux
+    assert recipe("flux-pickscore").sampler == FlowSDE(0.9)
 
 
 def test_recipes_divide_on_the_processes_they_were_made_for():
     for name in PAPER + ["flux-pickscore"]:
         for processes in (1, 2, 4, 8, 16, 32):
-            assert config_batches(recipe(name), processes).share * 2 * processes == 1152
-    assert config_batches(recipe("sd35-ocr"), 32).sizes == [9, 9]  # as in Flow-GRPO on 32 GPUs: two batches an update
+            assert batches(name, processes).share * 2 * processes == 1152
+    assert batches("sd35-ocr", 32).sizes == [9, 9]  # as in Flow-GRPO on 32 GPUs: two micro-batches per update
     for name in ("sd35-ocr-24gb", "sd35-ocr-80gb"):
-        config = recipe(name)
-        assert set(config_batches(config).sizes) == {config.sampling.batch_size}
+        assert set(batches(name).sizes) == {recipe(name).rollout.micro_batch_size}
 
 
 @pytest.mark.parametrize("name, processes", [("8gpu", 8), ("nodes", 32)])

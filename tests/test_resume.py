@@ -12,7 +12,7 @@ from typing import Literal, Union, get_args, get_origin
 
 import pytest
 import torch
-from plug_classes import plug_classes
+from plug_classes import option_types, plug_classes
 
 import vgpo.credit
 import vgpo.objectives
@@ -23,7 +23,7 @@ from vgpo.credit.base import Credit
 from vgpo.objectives.base import Objective
 from vgpo.rewards.base import reward_classes
 from vgpo.runs.checkpoint import trainer_state
-from vgpo.runs.resume import class_of, harmless_options, leaves
+from vgpo.runs.resume import harmless_options, leaves
 from vgpo.runs.session import Session
 from vgpo.sde import Sampler
 from vgpo.windows import Window
@@ -111,21 +111,6 @@ def go_on(session, epoch):
 # --- another value ---
 
 
-def types(section=Config, data=None, prefix=""):
-    "{dotted option: its type} of the leaves of a Config's data; a plug's `class_path` has the type of the plug."
-    found = {}
-    for f in fields(section):
-        name, value = prefix + f.name, data[f.name]
-        if not isinstance(value, dict):
-            found[name] = f.type
-        elif plug := class_of(value):
-            found[f"{name}.class_path"] = f.type
-            found |= types(plug, value.get("init_args", {}), f"{name}.init_args.") if is_dataclass(plug) else {}
-        else:
-            found |= types(f.type, value, f"{name}.")
-    return found
-
-
 def others(root, option, kind, value):
     "Other values of an option, the best first; some may not be valid."
     given = {
@@ -170,7 +155,7 @@ def flipped(root, folder, option, kind, value):
 def options(recipe):
     "{option: (type, value)} of a recipe, but for those that cannot be tried."
     data = as_data(parse_config([*SMALL, *RECIPES[recipe]]))
-    kinds = types(data=data)
+    kinds = option_types(Config, data)
     return {option: (kinds[option], value) for option, value in leaves(data).items() if option not in UNTRIED}
 
 

@@ -151,7 +151,7 @@ def see_through(session: Session):
         if session.main: tqdm.write(f"stopped; {resume.format(session.trainer.epoch)}")
         sys.exit(RESUMABLE)
     except (RewardError, FloatingPointError) as e: end(f"error: {e}\n{resume.format(session.trainer.epoch)}")
-    except TrainingError as e: end(f"error: {e}: python -m vgpo.train --resume {session.folder}")
+    except TrainingError as e: end(f"error: {e}" + (f"\n{resume.format(session.saved)}" if session.saved else ""))
     except torch.OutOfMemoryError: sys.exit(f"{OUT_OF_MEMORY}; then {resume.format(session.saved or 0)}")
     except (OSError, SafetensorError) as e:  # the disk is full, or has gone
         sys.exit(f"error: {e}; make room, then {resume.format(session.saved or 0)}")

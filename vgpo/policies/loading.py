@@ -30,6 +30,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 from safetensors import SafetensorError
 
 import vgpo
+from ..plugs import check_fields
 
 # %% ../../nbs/training/30_loading.ipynb #c006
 @dataclass
@@ -83,6 +84,7 @@ class ModelConfig(TrainableConfig):
     harmless = frozenset({"gradient_checkpointing", "fsdp", "precompute_text_embeds", "embedding_cache", "vae_slicing"})
 
     def __post_init__(self):
+        check_fields(self)
         if self.fsdp != "off" and self.dtype == "float16":
             raise ValueError(f"model.fsdp is {self.fsdp}, which works with bfloat16 and float32: "
                              "change model.dtype, or set model.fsdp to off")

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,7 +83,9 @@ class SkipNonFinite(Callback):
             self.in_row, self.total = self.in_row + 1, self.total + 1
             if self.in_row >= self.most:
                 raise TrainingError(f"{self.in_row} updates in a row had a non-finite loss or gradient; lower optim.lr, or "
-                                    "raise objective.clip_range, and start again, or resume from the last checkpoint")
+                                    "raise objective.clip_range, and start again, or resume from the last checkpoint, "
+                                    "if there is one")
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # the first update is left out
             raise SkipStep
 
     def after_epoch(self, trainer): trainer.metrics["nonfinite_updates"] = self.total
