@@ -1,4 +1,4 @@
-"""How fast GRPO and VGPO learn: held-out score against seconds, updates and pictures scored.
+"""How fast GRPO and VGPO learn: held-out reward against seconds, updates and images scored.
 
     python benchmarks/learning.py --output runs/learning
     python benchmarks/learning.py --output runs/learning --recipe tiny-ocr --seeds 0 --epochs 40 --every 4
@@ -21,19 +21,19 @@ from seeds import command
 
 from vgpo.bench import PHASES
 from vgpo.config import parse_config
-from vgpo.plan import config_batches, epoch_work
+from vgpo.plan import make_plan
 
-METHODS = {"grpo": "tab:orange", "vgpo": "tab:blue"}
-AXES = {"seconds": "seconds of training", "updates": "updates", "scored": "pictures scored"}
+METHODS = {"GRPO": "tab:orange", "VGPO": "tab:blue"}
+AXES = {"seconds": "seconds of training", "updates": "updates", "scored": "images scored"}
 
 
-def train(own, kind, seed, more):
+def train(own, credit, seed, more):
     "The folder of a finished run of one method and seed, which is trained if it is not there yet."
-    folder = Path(own.output) / f"{Path(own.recipe).stem}-{kind}-{seed}"
+    folder = Path(own.output) / f"{Path(own.recipe).stem}-{credit}-{seed}"
     if (folder / "results.json").is_file():
         print(f"{folder} is complete", flush=True)
         return folder
-    words = [f"--advantage.kind={kind}", f"--evaluation.every={own.every}", *more]
+    words = [f"--credit={credit}", f"--evaluation.eval_every={own.every}", *more]
     words += [f"--epochs={own.epochs}"] if own.epochs else []
     print(f"{folder} starts", flush=True)
     done = subprocess.run([sys.executable, "-m", "vgpo.train", *command(own.recipe, seed, folder, words)])
@@ -43,17 +43,18 @@ def train(own, kind, seed, more):
 
 
 def curve(folder):
-    "Rows {epoch, seconds, updates, scored, score, strict} of a run: what was spent before each held-out evaluation."
+    "Rows {epoch, seconds, updates, scored, reward, accuracy} of a run: what was spent before each held-out evaluation."
     config = parse_config(["--recipe", str(folder / "config.yaml")])
-    scored, rows = epoch_work(config, config_batches(config))["score"], []
+    scored, rows = make_plan(config).work["score"], []
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    second = median(sum(metrics[f"{phase}_s"] for phase in PHASES) for metrics in log)  # of an epoch
-    after = json.loads((folder / "results.json").read_text())["after"]
-    end = {f"heldout_{key}": after[key] for key in ("score", "strict") if key in after}
+    second = median(sum(metrics[f"time/{phase}"] for phase in PHASES) for metrics in log)  # of an epoch
+    after = json.loads((folder / "results.json").read_text())["after"]["reward"]
+    end = {"eval/reward": after["scaled"]["mean"], "eval/accuracy": after.get("strict", {}).get("mean")}
     for epoch, metrics in enumerate([*log, end]):
-        if "heldout_score" in metrics:
-            spent = {"seconds": epoch * second, "updates": epoch * config.optim.updates, "scored": epoch * scored}
-            marks = {key: metrics.get(f"heldout_{key}", float("nan")) for key in ("score", "strict")}
+        if "eval/reward" in metrics:
+            updates = epoch * config.optim.num_minibatches
+            spent = {"seconds": epoch * second, "updates": updates, "scored": epoch * scored}
+            marks = {key: float(metrics.get(f"eval/{key}") or "nan") for key in ("reward", "accuracy")}
             rows.append({"epoch": epoch, **spent, **marks})
     return rows
 
@@ -65,41 +66,42 @@ def mean_curve(curves):
 
 def spent_to_reach(target, mean):
     "{axis: what was spent when the mean curve first reached the target}, between evaluations in proportion."
-    i = int(np.argmax(mean["score"] >= target))
+    i = int(np.argmax(mean["reward"] >= target))
     if i == 0:
         return {axis: mean[axis][0] for axis in AXES}
-    low, high = mean["score"][i - 1 : i + 1]
+    low, high = mean["reward"][i - 1 : i + 1]
     return {a: mean[a][i - 1] + (target - low) / (high - low) * (mean[a][i] - mean[a][i - 1]) for a in AXES}
 
 
 def table(means):
-    "Markdown lines: a row an evaluation, then what each method spent until it reached the score that both reach."
-    lines = ["| epoch | updates | " + " | ".join(f"{k} {c}" for k in means for c in ("s", "scored", "score", "strict"))
-             + " |", "|---" * (2 + 4 * len(means)) + "|"]  # fmt: skip
+    "Markdown lines: a row per evaluation, then what each method spent until it reached the reward that both reach."
+    lines = ["| epoch | updates | "
+             + " | ".join(f"{k} {c}" for k in means for c in ("s", "scored", "reward", "accuracy")) + " |",
+             "|---" * (2 + 4 * len(means)) + "|"]  # fmt: skip
     first = next(iter(means.values()))
     for i, epoch in enumerate(first["epoch"]):
-        cells = [f"{m['seconds'][i]:.0f} | {m['scored'][i]:.0f} | {m['score'][i]:.4f} | {m['strict'][i]:.4f}"
+        cells = [f"{m['seconds'][i]:.0f} | {m['scored'][i]:.0f} | {m['reward'][i]:.4f} | {m['accuracy'][i]:.4f}"
                  for m in means.values()]  # fmt: skip
         lines.append(f"| {epoch:.0f} | {first['updates'][i]:.0f} | " + " | ".join(cells) + " |")
-    target = min(m["score"].max() for m in means.values())
-    lines.append(f"\nspent until the mean held-out score was {target:.4f}, the best that both reach:")
-    for kind, mean in means.items():
+    target = min(m["reward"].max() for m in means.values())
+    lines.append(f"\nspent until the mean held-out reward was {target:.4f}, the best that both reach:")
+    for credit, mean in means.items():
         spent = spent_to_reach(target, mean)
-        lines.append(f"{kind}: " + ", ".join(f"{spent[axis]:.0f} {label}" for axis, label in AXES.items()))
+        lines.append(f"{credit}: " + ", ".join(f"{spent[axis]:.0f} {label}" for axis, label in AXES.items()))
     return "\n".join(lines)
 
 
 def draw(curves, title, file):
-    "The figure: held-out score against each axis, thin lines by seed, thick ones their mean."
+    "The figure: held-out reward against each axis, thin lines by seed, thick ones their mean."
     figure = Figure(figsize=(9, 3), layout="constrained")
     for ax, (axis, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
-        for kind, runs in curves.items():
+        for credit, runs in curves.items():
             for rows in runs:
-                ax.plot([r[axis] for r in rows], [r["score"] for r in rows], color=METHODS[kind], alpha=0.3, lw=1)
+                ax.plot([r[axis] for r in rows], [r["reward"] for r in rows], color=METHODS[credit], alpha=0.3, lw=1)
             mean = mean_curve(runs)
-            ax.plot(mean[axis], mean["score"], color=METHODS[kind], label=f"{kind}, mean of {len(runs)}")
+            ax.plot(mean[axis], mean["reward"], color=METHODS[credit], label=f"{credit}, mean of {len(runs)}")
         ax.set_xlabel(label)
-    figure.axes[0].set_ylabel("held-out score")
+    figure.axes[0].set_ylabel("held-out reward")
     figure.axes[0].legend(loc="lower right")
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=110)
@@ -115,15 +117,15 @@ def main(argv=None):
     parser.add_argument("--every", type=int, default=5, help="epochs from one held-out evaluation to the next")
     parser.add_argument("--figure", default="learning.png", help="docs/learning.png renews the one that is shown there")
     own, more = parser.parse_known_args(argv)
-    curves = {kind: [] for kind in METHODS}
+    curves = {credit: [] for credit in METHODS}
     try:
         for i, seed in enumerate(own.seeds):
-            for kind in list(METHODS)[:: -1 if i % 2 else 1]:
-                curves[kind].append(curve(train(own, kind, seed, more)))
+            for credit in list(METHODS)[:: -1 if i % 2 else 1]:
+                curves[credit].append(curve(train(own, credit, seed, more)))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(f"{own.recipe}, seeds {own.seeds}\n\n{table({kind: mean_curve(runs) for kind, runs in curves.items()})}")
-    draw(curves, f"{own.recipe}: held-out score of {len(own.seeds)} seeds", own.figure)
+    print(f"{own.recipe}, seeds {own.seeds}\n\n{table({credit: mean_curve(runs) for credit, runs in curves.items()})}")
+    draw(curves, f"{own.recipe}: held-out reward of {len(own.seeds)} seeds", own.figure)
     print(f"figure: {own.figure}")
 
 

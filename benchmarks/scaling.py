@@ -6,7 +6,7 @@
 
 Each point is a VGPO run of a random tiny model in processes of its own, with one thread each. One thing at a time is
 changed from the base point. The prediction takes the base point's seconds, phase by phase, times the growth of what
-`vgpo.plan` counts: FLOPs of the network and of the decoder, pictures scored; over the processes.
+`vgpo.plan` counts: FLOPs of the network and of the decoder, images scored; over the processes.
 """
 
 import json
@@ -22,7 +22,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from matplotlib.figure import Figure
 
-from vgpo.bench import PHASES, make_run, timed_epoch
+from vgpo.bench import PHASES, make_trainer, timed_epoch
 from vgpo.config import parse_config
 from vgpo.plan import CARDS, make_plan
 from vgpo.policies.loading import quiet
@@ -43,16 +43,17 @@ QUICK_AXES = {"groups": (2, 4), "resolution": (32, 64), "processes": (1, 2)}
 def options(point, model):
     "The options of a run at a point, but for the processes."
     values = {
-        "model.path": model, "model.resolution": point["resolution"], "reward.name": "jpeg", "reward.options": "{}",
-        "sampling.groups": point["groups"], "sampling.group_size": point["group_size"], "sampling.batch_size": 16,
-        "sampling.steps": point["steps"], "sampling.sde_steps": point["steps"] - 1,
-        "values.reward_steps": point["steps"], "optim.updates": 1, "evaluation.images": 1,
+        "model.path": model, "model.resolution": point["resolution"], "reward": "JPEG", "optim.num_minibatches": 1,
+        "rollout.prompts_per_epoch": point["groups"], "rollout.group_size": point["group_size"],
+        "rollout.num_inference_steps": point["steps"], "rollout.micro_batch_size": 16,
+        "window.size": point["steps"] - 1, "credit.num_scored_steps": point["steps"],
+        "credit.anchor_steps": min(5, point["steps"]),
     }  # fmt: skip
     return [f"--{name}={value}" for name, value in values.items()]
 
 
 def save_model(folder, pixels):
-    "Save a random pipeline of the tiny world's shape that can draw pictures of up to so many pixels a side."
+    "Save a random pipeline of the tiny world's shape that can draw images of up to so many pixels per side."
     pipe = make_pipeline(make_autoencoder())
     config = dict(pipe.transformer.config) | {"pos_embed_max_size": pixels // 8}
     pipe.transformer = SD3Transformer2DModel.from_config(config)
@@ -62,12 +63,11 @@ def save_model(folder, pixels):
 
 def work(file, epochs, words):
     "In a process of its own: time epochs and write their medians, from the first process, to a file."
-    with TemporaryDirectory() as folder:
-        run = make_run("tiny-geneval", "vgpo", Path(folder) / "run", words)
-        rows = [timed_epoch(run) for _ in range(epochs + 1)][1:]
-        if run.accelerator.is_main_process:
-            Path(file).write_text(json.dumps({key: median(row[key] for row in rows) for key in rows[0]}))
-        run.accelerator.end_training()
+    _, trainer = make_trainer("tiny-geneval", "VGPO", words)
+    rows = [timed_epoch(trainer) for _ in range(epochs + 1)][1:]
+    if trainer.accelerator.is_main_process:
+        Path(file).write_text(json.dumps({key: median(row[key] for row in rows) for key in rows[0]}))
+    trainer.accelerator.end_training()
 
 
 def measure(point, model, epochs):
@@ -86,7 +86,7 @@ def measure(point, model, epochs):
 def counted(point, model):
     "{phase: work of one process} that the plan counts at a point."
     plan = make_plan(parse_config(options(point, model)), point["processes"])
-    network, units = {"sample": ("sample",), "decode": ("decode", "draft"), "update": ("train",)}, plan.work
+    network, units = {"rollout": ("rollout",), "decode": ("decode", "draft"), "update": ("train",)}, plan.work
     flops = {phase: sum(units[kind] * plan.flops[kind] for kind in kinds) for phase, kinds in network.items()}
     return {phase: n / point["processes"] for phase, n in (flops | {"score": units["score"]}).items()}
 
@@ -119,7 +119,7 @@ def run_points(base, axes, epochs):
 
 
 def draw(found, start, file):
-    "The figure: a panel an axis, the epoch over that of the base point, as measured and as predicted."
+    "The figure: a panel per axis, the epoch over that of the base point, as measured and as predicted."
     figure, ticks = Figure(figsize=(2 * len(found), 2.8), layout="constrained"), [0.25, 0.5, 1, 2, 4, 8]
     panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
     for ax, (axis, rows) in zip(panels, found.items(), strict=True):
@@ -135,7 +135,7 @@ def draw(found, start, file):
 
 
 def ring_seconds(size, processes, bandwidth, latency=20e-6):
-    "Seconds of a ring all-reduce of `size` bytes: 2 (n - 1) messages of size / n, at `bandwidth` bytes a second."
+    "Seconds of a ring all-reduce of `size` bytes: 2 (n - 1) messages of size / n, at `bandwidth` bytes per second."
     return 2 * (processes - 1) * (size / processes / bandwidth + latency)
 
 
@@ -146,9 +146,9 @@ def expected_maximum(n):
 
 
 def price(own):
-    "Markdown lines: a recipe's epoch on one GPU by phase, as GRPO and as VGPO; and with the judge beside the rollout."
-    draft, five = [f"--model.draft_decoder={own.draft}"], ["--values.reward_steps=5"]
-    methods = {"GRPO": ["--advantage.kind=grpo"], "VGPO": [], "VGPO, draft decoder": draft, "VGPO, 5 steps": five}
+    "Markdown lines: a recipe's epoch on one GPU by phase, as GRPO and as VGPO; and with the reward beside the rollout."
+    draft, five = [f"--model.tiny_vae={own.draft}"], ["--credit.num_scored_steps=5"]
+    methods = {"GRPO": ["--credit=GRPO"], "VGPO": [], "VGPO, draft decoder": draft, "VGPO, 5 steps": five}
     methods["VGPO, 5 steps, draft decoder"] = draft + five
     lines, first = (
         ["| method | " + " | ".join(PHASES) + " | epoch | / GRPO | overlapped | / GRPO |", "|---" * 9 + "|"],
@@ -157,7 +157,7 @@ def price(own):
     for name, words in methods.items():
         plan = make_plan(parse_config(["--recipe", own.recipe, *words]))
         s = plan.seconds(CARDS[own.card], own.utilisation, own.score_seconds)
-        beside = max(s["sample"] + s["decode"], s["score"]) + s["update"]
+        beside = max(s["rollout"] + s["decode"], s["score"]) + s["update"]
         first = first or {"epoch": sum(s.values()), "beside": beside}
         cells = [f"{s[phase]:.0f}" for phase in PHASES]
         cells += [f"{sum(s.values()):.0f}", f"{sum(s.values()) / first['epoch']:.3f}"]
@@ -166,16 +166,17 @@ def price(own):
 
 
 def growth(own):
-    "Markdown lines: seconds of a recipe's epoch by number of GPUs, with gradients on the wire and waiting for judges."
+    "Markdown lines: seconds of a recipe's epoch by number of GPUs, with gradients on the wire and waiting for rewards."
     config, head = parse_config(["--recipe", own.recipe]), [f"all-reduce at {b:g} GB/s" for b in own.bandwidth]
-    head = ["GPUs", "network and decoder", "judge", "waiting", *head, "epoch", "efficiency"]
+    head = ["GPUs", "network and decoder", "reward", "waiting", *head, "epoch", "efficiency"]
     lines, first = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"], None
     for n in own.gpus:
         plan = make_plan(config, n)
         seconds = plan.seconds(CARDS[own.card], own.utilisation, own.score_seconds)
-        calls = len(plan.batches.sizes) * plan.batches.updates  # of the judge, by one process
+        calls = len(plan.batches.sizes) * plan.batches.num_minibatches  # of the reward, by one process
         waiting = seconds["score"] * own.spread / calls**0.5 * expected_maximum(n)
-        sent = [plan.batches.updates * ring_seconds(plan.resident["gradients"], n, b * 1e9) for b in own.bandwidth]
+        gradients, updates = plan.resident["gradients"], plan.batches.num_minibatches
+        sent = [updates * ring_seconds(gradients, n, b * 1e9) for b in own.bandwidth]
         epoch = sum(seconds.values()) + waiting + max(sent)
         first = first or epoch * n
         cells = [sum(seconds.values()) - seconds["score"], seconds["score"], waiting, *sent, epoch]
@@ -187,10 +188,11 @@ def paper(own):
     "The extrapolation, as text."
     plan = make_plan(parse_config(["--recipe", own.recipe]))
     return "\n".join([
-        f"{own.recipe} on {CARDS[own.card].name}, seconds an epoch of {plan.batches.images} images; by FLOPs at "
-        f"{own.utilisation:.0%} of the peak, {own.score_seconds:g} s a picture for the judge\n", *price(own),
-        f"\nseveral GPUs: {plan.resident['gradients'] / 1e6:.1f} MB of gradients, {plan.batches.updates} updates an "
-        f"epoch; calls of the judge vary by {own.spread:.0%}; the epoch is that with the slowest wire\n", *growth(own),
+        f"{own.recipe} on {CARDS[own.card].name}, seconds per epoch of {plan.batches.images} images; by FLOPs at "
+        f"{own.utilisation:.0%} of the peak, {own.score_seconds:g} s per image for the reward\n", *price(own),
+        f"\nseveral GPUs: {plan.resident['gradients'] / 1e6:.1f} MB of gradients, {plan.batches.num_minibatches} "
+        f"updates per epoch; calls of the reward vary by {own.spread:.0%}; the epoch is that with the slowest wire\n",
+        *growth(own),
     ])  # fmt: skip
 
 
@@ -208,7 +210,7 @@ def make_parser():
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of the card's peak that is reached")
     parser.add_argument("--bandwidth", type=float, nargs="+", default=[25, 1.25], help="GB/s of the slowest wire")
     parser.add_argument("--draft", default="madebyollin/taesd3", help="the draft decoder")
-    parser.add_argument("--score_seconds", type=float, default=0.02, help="of the reward, for a picture")
+    parser.add_argument("--score_seconds", type=float, default=0.02, help="of the reward, for an image")
     parser.add_argument("--spread", type=float, default=0.3, help="std over mean of the seconds of one reward call")
     return parser
 
@@ -223,7 +225,7 @@ def main(argv=None):
         return print(paper(own))
     base, axes, epochs = (QUICK, QUICK_AXES, 1) if own.quick else (BASE, AXES, own.epochs)
     draw(*run_points(base, axes, epochs), own.figure)
-    print(f"\nbase point: {base}, one thread a process, medians of {epochs} epochs; figure: {own.figure}")
+    print(f"\nbase point: {base}, one thread per process, medians of {epochs} epochs; figure: {own.figure}")
 
 
 if __name__ == "__main__":

@@ -6,49 +6,51 @@
 
 GRPO, VGPO, and VGPO with a draft decoder train in turn, with the recipe's own model, sampler and optimizer, on epochs
 of `--groups` x `--group_size` images. Weights are random, which changes neither time nor memory; text embeddings are
-random too, so the text encoders are absent, as with `model.free_text_encoders`. The judge is free (mean brightness)
-unless `--judge` names a reward. All other options are those of a run, such as `--sampling.batch_size 8`. Beside each
-measurement stands what `python -m vgpo.train --plan` says.
+random too, so the text encoders are absent, as with `model.precompute_text_embeds`. The reward is free (mean
+brightness) unless `--reward` names one. All other options are those of a run, such as `--rollout.micro_batch_size 8`.
+Beside each measurement stands what `python -m vgpo.plan` says.
 """
 
 import json
 import sys
-import tempfile
 from argparse import ArgumentParser
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
 import torch
 
-import vgpo.runs.session
-import vgpo.train
-from vgpo.bench import PHASES, now
+from vgpo.bench import PHASES, timed_epoch
+from vgpo.callback import Callback
 from vgpo.config import parse_config
+from vgpo.distributed import init_accelerator
+from vgpo.plan import PHASES as KINDS
 from vgpo.plan import make_plan
 from vgpo.policies.base import policy_classes
 from vgpo.policies.loading import part_from_config, pipeline_from_configs, quiet, read_configs, reduce_vae_memory
+from vgpo.prompts.files import load_prompts
+from vgpo.rewards.base import make_reward
+from vgpo.runs.callbacks import Clock
+from vgpo.trainer import Trainer
 
 
 def brightness(images, prompts, metadata):
-    "A judge that costs nothing."
+    "A reward that costs nothing."
     return images.reshape(len(images), -1).mean(1) / 255
 
 
-def peak_bytes(device):
-    "Bytes that tensors took at once, at most, since `reset`; 0 where nobody counts them."
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+class Peaks(Callback):
+    "Bytes that tensors took at once, at most, in each phase, in `bytes`; 0 where nobody counts them."
 
+    def __init__(self):
+        self.bytes = {}
 
-@contextmanager
-def peak_clock(run, phase):
-    "The trainer's clock, with the phase's peak memory besides."
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
-    with vgpo.runs.session.clock(run, phase):
-        yield
-    run.peaks[phase] = max(run.peaks.get(phase, 0), peak_bytes(run.device))
+    def before_phase(self, trainer, phase):
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.device)
+
+    def after_phase(self, trainer, phase):
+        peak = torch.cuda.max_memory_allocated(trainer.device) if trainer.device.type == "cuda" else 0
+        self.bytes[phase] = max(self.bytes.get(phase, 0), peak)
 
 
 def random_policy(model, device="cpu"):
@@ -70,39 +72,32 @@ def random_policy(model, device="cpu"):
     return policy
 
 
-def method_config(own, options, kind, draft):
+def method_config(own, options, credit, draft):
     "The Config of one of the methods."
-    words = ["--recipe", own.recipe, "--prompts.train", "tiny-scenes", "--prompts.test", "tiny-scenes"]
-    words += ["--reward.name", own.judge, "--evaluation.images", "1", "--samples_every", "1000000"]
-    words += ["--sampling.groups", str(own.groups), "--sampling.group_size", str(own.group_size), *options]
-    config = parse_config([*words, "--advantage.kind", kind], "benchmarks/sd35.py")
+    words = ["--recipe", own.recipe, "--prompts.train", "tiny-scenes", "--reward", own.reward, "--credit", credit]
+    words += ["--rollout.prompts_per_epoch", str(own.groups), "--rollout.group_size", str(own.group_size), *options]
+    config = parse_config(words)
     config.model.tiny_vae, config.model.embedding_cache, config.model.precompute_text_embeds = draft, None, True
-    if own.judge == "sd35:brightness":
-        config.reward.options = {}
     return config
 
 
 def measure(config, epochs):
     "Medians over epochs, after one that does not count: seconds by phase and in all, and peak bytes by phase."
-    with tempfile.TemporaryDirectory() as folder, patch.object(vgpo.runs.session, "make_policy", random_policy):
-        (Path(folder) / "samples").mkdir()
-        run, rows = vgpo.runs.session.Run(config, folder), []
-        run.peaks = {}
-        with patch.object(vgpo.train, "clock", peak_clock):
-            for _ in range(epochs + 1):
-                started = now(run.device)
-                vgpo.train.train_epoch(run)
-                rows.append(run.seconds | {"epoch": now(run.device) - started})
-                run.epoch += 1
-    return {key: median(row[key] for row in rows[1:]) for key in rows[0]}, run.peaks
+    c, accelerator, peaks = config, init_accelerator(config.rollout.reward_timeout), Peaks()
+    policy = random_policy(c.model, accelerator.device)
+    policy.make_trainable(c.model, c.seed)
+    trainer = Trainer(policy, make_reward(c.reward), load_prompts(c.prompts.train, "train"), sampler=c.sampler,
+                      credit=c.credit, objective=c.objective, window=c.window, rollout=c.rollout, optim=c.optim,
+                      accelerator=accelerator, callbacks=[Clock(), peaks])  # fmt: skip
+    rows = [timed_epoch(trainer) for _ in range(epochs + 1)][1:]
+    return {key: median(row[key] for row in rows) for key in rows[0]}, peaks.bytes
 
 
 def compare(config, seconds, peaks):
     "Lines of one method: measured and planned GiB by phase, and the FLOP/s that were reached."
     plan, lines = make_plan(config), []
-    work = {"sample": ("sample",), "decode": ("decode", "draft"), "update": ("train", "beside", "reference")}
-    for phase, kinds in work.items():
-        flops = sum(plan.work[kind] * plan.flops[kind] for kind in kinds)
+    for phase, kinds in KINDS.items():
+        flops = sum(plan.work[kind] * plan.flops[kind] for kind in kinds if kind != "encode")
         planned = plan.phases[phase] / 2**30
         found = f"{peaks[phase] / 2**30:8.2f} GiB measured, {planned:8.2f} planned" if peaks[phase] else " " * 30
         speed = f"{flops / seconds[phase] / 1e9:12,.1f} GFLOP/s of {flops / 1e9:14,.1f} GFLOPs"
@@ -117,27 +112,27 @@ def main(argv=None):
     parser.add_argument(
         "--draft", default="madebyollin/taesd3", help="the draft decoder of the third method; '' for none"
     )
-    parser.add_argument("--judge", default="sd35:brightness", help="a reward's name")
+    parser.add_argument("--reward", default="sd35:brightness", help="a reward's name")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each method that count")
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--group_size", type=int, default=16)
     parser.add_argument("--output", help="a .json file for the numbers")
     own, options = parser.parse_known_args(argv)
     quiet()
-    sys.path.insert(0, str(Path(__file__).parent))  # for the judge above
-    methods = {"grpo": ("grpo", None), "vgpo": ("vgpo", None)} | (
-        {"vgpo, drafts": ("vgpo", own.draft)} if own.draft else {}
-    )
+    sys.path.insert(0, str(Path(__file__).parent))  # for the reward above
+    methods = {"GRPO": ("GRPO", None), "VGPO": ("VGPO", None)}
+    if own.draft:
+        methods["VGPO, drafts"] = ("VGPO", own.draft)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{own.recipe} on {gpu}, PyTorch {torch.__version__}: {own.groups} x {own.group_size} images an epoch, "
+    print(f"{own.recipe} on {gpu}, PyTorch {torch.__version__}: {own.groups} x {own.group_size} images per epoch, "
           f"medians of {own.epochs} epochs")  # fmt: skip
-    print(f"{'seconds':<16}" + "".join(f"{key:>10}" for key in (*PHASES, "epoch")) + f"{'/ grpo':>10}")
+    print(f"{'seconds':<16}" + "".join(f"{key:>10}" for key in (*PHASES, "epoch")) + f"{'/ GRPO':>10}")
     results, notes = {}, []
-    for name, (kind, draft) in methods.items():
-        config = method_config(own, options, kind, draft)
+    for name, (credit, draft) in methods.items():
+        config = method_config(own, options, credit, draft)
         seconds, peaks = measure(config, own.epochs)
         results[name] = {"seconds": seconds, "peak_bytes": peaks}
-        price = seconds["epoch"] / results["grpo"]["seconds"]["epoch"]
+        price = seconds["epoch"] / results["GRPO"]["seconds"]["epoch"]
         print(f"{name:<16}" + "".join(f"{seconds[key]:>10.3f}" for key in (*PHASES, "epoch")) + f"{price:>10.3f}")
         notes += [f"  {name}", *compare(config, seconds, peaks)]
         if torch.cuda.is_available():

@@ -32,13 +32,13 @@ def command(recipe, seed, folder, more=()):
 
 
 def table(results):
-    "A Markdown table of {seed: results.json}: held-out strict accuracy before and after, and the range of the change."
+    "A Markdown table of {seed: results.json}: held-out accuracy before and after, and the range of the change."
     lines = ["| seed | before | after | change | seconds |", "|---|---|---|---|---|"]
     for seed, r in results.items():
-        change = f"{r['change']['strict']['change']:+.3f} ± {r['change']['strict']['stderr']:.3f}"
-        before, after = r["before"]["strict"], r["after"]["strict"]
-        lines.append(f"| {seed} | {before:.3f} | {after:.3f} | {change} | {r['seconds']:.0f} |")
-    changes = [r["change"]["strict"]["change"] for r in results.values()]
+        before, after, change = (r[key]["reward"]["strict"] for key in ("before", "after", "change"))
+        cells = f"{before['mean']:.3f} | {after['mean']:.3f} | {change['mean']:+.3f} ± {change['stderr']:.3f}"
+        lines.append(f"| {seed} | {cells} | {r['seconds']:.0f} |")
+    changes = [r["change"]["reward"]["strict"]["mean"] for r in results.values()]
     return "\n".join([*lines, f"\nchange {mean(changes):+.3f}, from {min(changes):+.3f} to {max(changes):+.3f}"])
 
 
@@ -59,8 +59,8 @@ def main(argv=None):
                 sys.exit(f"error: {error}")
             subprocess.run([sys.executable, "-m", "vgpo.train", *words], check=True)
         results[seed] = json.loads((folder / "results.json").read_text())
-    images = results[own.seeds[0]]["before"]["images"]
-    print(f"{own.recipe}: held-out strict accuracy, {images} images\n\n{table(results)}")
+    images = results[own.seeds[0]]["images"]
+    print(f"{own.recipe}: held-out accuracy, {images} images\n\n{table(results)}")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-import vgpo.train
 from vgpo import bench
-from vgpo.bench import PHASES, bench_table, count_syncs, main, make_run, measure, network_seconds, timed_epoch
-from vgpo.config import Config, OptimConfig, SamplingConfig, save_config
+from vgpo.bench import PHASES, CountSyncs, bench_table, main, make_trainer, measure, network_seconds, timed_epoch
+from vgpo.config import parse_config, save_config
 
 VAE = str(Path(__file__).parents[1] / "vgpo" / "world" / "tiny" / "vae")
-SMALL = "sampling: {groups: 2, group_size: 4, batch_size: 2, steps: 3, sde_steps: 2}\nvalues: {reward_steps: 3}\n"
+SMALL = """base: tiny-geneval
+rollout: {prompts_per_epoch: 2, group_size: 4, micro_batch_size: 2, num_inference_steps: 3}
+window: {class_path: Leading, init_args: {size: 2}}
+credit: {class_path: VGPO, init_args: {num_scored_steps: 3, anchor_steps: 2}}
+"""
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
-    path.write_text(f'model: {{path: "{tiny_folder}"}}\n{SMALL}evaluation: {{images: 6}}\n')
+    path.write_text(f'{SMALL}model: {{path: "{tiny_folder}"}}\n')
     return path
 
 
@@ -31,55 +34,55 @@ def script(monkeypatch):
     return __import__
 
 
-@pytest.mark.parametrize(("sampling", "optim", "expected"), [
-    ({}, {}, (20.0, 54.0)),
-    ({"guidance_scale": 4.0}, {}, (40.0, 54.0)),
-    ({}, {"guidance_scale": 4.0}, (20.0, 72.0)),
-    ({}, {"kl_weight": 0.1}, (20.0, 72.0)),
-    ({}, {"kl_weight": 0.1, "guidance_scale": 4.0}, (20.0, 108.0)),
+@pytest.mark.parametrize(("options", "expected"), [
+    ([], (20.0, 54.0)),
+    (["--rollout.guidance_scale=4"], (40.0, 54.0)),
+    (["--objective.guidance_scale=4"], (20.0, 72.0)),
+    (["--objective.beta=0.1"], (20.0, 72.0)),
+    (["--objective.beta=0.1", "--objective.guidance_scale=4"], (20.0, 108.0)),
 ])  # fmt: skip
-def test_network_seconds_counts_every_call_of_the_network(sampling, optim, expected):
-    config = Config(sampling=SamplingConfig(steps=10, sde_steps=9, **sampling), optim=OptimConfig(**optim))
+def test_network_seconds_counts_every_call_of_the_network(options, expected):
+    config = parse_config(["--rollout.num_inference_steps=10", "--window.size=9", *options])
     assert tuple(network_seconds(config, 1.0, 2).values()) == expected
 
 
-@pytest.mark.parametrize("options", [[], ["--optim.guidance_scale=4", "--optim.kl_weight=0.1"]])
-def test_the_formula_counts_the_passes_that_a_run_makes(recipe, tmp_path, monkeypatch, options):
+@pytest.mark.parametrize("options", [[], ["--objective.guidance_scale=4", "--objective.beta=0.1"]])
+def test_the_formula_counts_the_passes_that_an_epoch_makes(recipe, monkeypatch, options):
     "A pass with gradient counts three times; `predict` alone calls the network."
-    run, passes = make_run(str(recipe), "vgpo", tmp_path / "run", [*options, "--sampling.guidance_scale=2"]), []
-    predict = run.policy.predict
+    config, trainer = make_trainer(str(recipe), "VGPO", [*options, "--rollout.guidance_scale=2"])
+    predict, passes = trainer.policy.predict, []
 
     def spy(*args):
         passes.append(3 if torch.is_grad_enabled() else 1)
         return predict(*args)
 
-    monkeypatch.setattr(run.policy, "predict", spy)
-    timed_epoch(run)
-    expected = network_seconds(run.config, 1, 4)
-    assert sum(passes) == expected["sample"] + expected["update"]
+    monkeypatch.setattr(trainer.policy, "predict", spy)
+    timed_epoch(trainer)
+    expected = network_seconds(config, 1, 4)
+    assert sum(passes) == expected["rollout"] + expected["update"]
 
 
 def test_table_shows_methods_their_price_and_ratios():
-    rows = {name: dict.fromkeys(PHASES, s) | {"epoch": 4 * s} for name, s in (("grpo", 2.0), ("vgpo", 3.0))}
-    rows["vgpo"]["decode"] = 4.0
-    table = bench_table(rows, {"sample": 2.0, "update": 1.5}, 12)
+    rows = {name: dict.fromkeys(PHASES, s) | {"epoch": 4 * s} for name, s in (("GRPO", 2.0), ("VGPO", 3.0))}
+    rows["VGPO"]["decode"] = 4.0
+    table = bench_table(rows, {"rollout": 2.0, "update": 1.5}, 12)
     lines = {line[:32].strip(): line[32:].split() for line in table.split("\n")}
-    assert lines["grpo"] == ["2.000"] * 4 + ["8.000", "1.5"]
-    assert lines["vgpo / grpo"] == ["1.50", "2.00", "1.50", "1.50", "1.50"]
+    assert lines["GRPO"] == ["2.000"] * 4 + ["8.000", "1.5"]
+    assert lines["VGPO / GRPO"] == ["1.50", "2.00", "1.50", "1.50", "1.50"]
     assert lines["more, of its epoch"] == ["+12.5%", "+25.0%", "+12.5%", "+12.5%", "+50.0%"]
-    assert lines["network alone"] == ["2.000", "1.500"] and lines["vgpo / network"] == ["1.50", "2.00"]
+    assert lines["network alone"] == ["2.000", "1.500"] and lines["VGPO / network"] == ["1.50", "2.00"]
 
 
-def test_methods_take_turns_on_the_same_number_of_epochs(recipe, tmp_path, monkeypatch):
-    runs, turns = {kind: make_run(str(recipe), kind, tmp_path / kind) for kind in ("grpo", "vgpo")}, []
+def test_methods_take_turns_on_the_same_number_of_epochs(recipe, monkeypatch):
+    trainers, turns = {credit: make_trainer(str(recipe), credit)[1] for credit in ("GRPO", "VGPO")}, []
 
-    def spy(run):
-        turns.append(run.config.advantage.kind)
-        return timed_epoch(run)
+    def spy(trainer):
+        turns.append(type(trainer.credit).__name__)
+        return timed_epoch(trainer)
 
     monkeypatch.setattr("vgpo.bench.timed_epoch", spy)
-    found = measure(runs, 2)
-    assert turns == ["grpo", "vgpo"] * 3 and [run.epoch for run in runs.values()] == [3, 3]
+    found = measure(trainers, 2)
+    assert turns == ["GRPO", "VGPO"] * 3 and [trainer.epoch for trainer in trainers.values()] == [3, 3]
     assert found.batches == 4 and found.forward > 0  # 8 images in batches of 2
     for row in found.medians.values():
         assert all(row[key] > 0 for key in (*PHASES, "epoch"))
@@ -93,25 +96,28 @@ def test_resident_memory_grows_with_what_is_kept():
 
 
 def test_program_prints_the_table_with_another_option_beside_it(recipe, capsys):
-    main(["--recipe", str(recipe), "--epochs", "1", "--also", "sampling.steps=4", "--optim.updates", "1"])
+    main(["--recipe", str(recipe), "--epochs", "1", "--also", "window.size=1", "--optim.num_minibatches=1"])
     out = capsys.readouterr().out
-    assert "epochs of 8 images in 4 batches" in out and "vgpo / network" in out and "sampling.steps=4 / grpo" in out
+    assert "epochs of 8 images in 4 micro-batches" in out and "VGPO / network" in out and "window.size=1 / GRPO" in out
     assert "MiB after the first epoch of each" in out and "waited for the GPU" not in out
 
 
-def test_waits_for_a_gpu_are_counted_by_phase(recipe, tmp_path, monkeypatch):
-    run, modes, roll = make_run(str(recipe), "vgpo", tmp_path / "run"), [], vgpo.train.roll
+def test_waits_for_a_gpu_are_counted_by_phase(recipe, monkeypatch):
+    trainer, modes, watch = make_trainer(str(recipe), "VGPO")[1], [], CountSyncs()
+    rollout = trainer.rollout
+    trainer.callbacks.append(watch)
 
     def waiting(*args):
         for _ in range(3):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("another thing", stacklevel=1)
-        return roll(*args)
+        return rollout(*args)
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    monkeypatch.setattr(vgpo.train, "roll", waiting)
-    assert count_syncs(run) == {"sample": 12, "decode": 0, "score": 0, "update": 0}  # four batches
-    assert modes == ["warn", "default"] and run.epoch == 1
+    monkeypatch.setattr(trainer, "rollout", waiting)
+    trainer.train_epoch()
+    assert watch.counts == {"rollout": 12, "decode": 0, "score": 0, "update": 0}  # four micro-batches
+    assert modes == ["warn", "default"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +125,7 @@ def test_waits_for_a_gpu_are_counted_by_phase(recipe, tmp_path, monkeypatch):
     [
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
         (["--recipe", "absent"], "there is no recipe 'absent'"),
-        (["--also", "model.compiled=true"], "there is no option model.compiled; did you mean model.compile"),
+        (["--also", "model.compiled=true"], "unrecognized arguments: --model.compiled=true; did you mean model.compile"),
     ],
 )
 def test_bad_command_lines_end_in_one_line(words, message):
@@ -170,30 +176,35 @@ def test_scaling_runs_its_points(script, tmp_path, monkeypatch, capsys):
     assert len(rows) == 2 and rows[0].endswith("| 1.00 | 1.00 |") and (tmp_path / "figure.png").stat().st_size > 1000
 
 
-def finished_run(folder, kind, scores):
+FINISHED = ["--epochs=3", "--rollout.prompts_per_epoch=2", "--rollout.group_size=4", "--rollout.num_inference_steps=4"]
+FINISHED += ["--window.size=3", "--optim.num_minibatches=2"]
+
+
+def finished_run(folder, credit, rewards):
     "What a run leaves that learning.py reads: evaluated every second epoch of an odd number, and at the end."
     folder.mkdir()
-    config = Config(epochs=3, sampling=SamplingConfig(groups=2, group_size=4, steps=4, sde_steps=3))
-    config.advantage.kind, config.values.reward_steps, config.optim.updates = kind, 3, 2
-    save_config(config, folder / "config.yaml")
-    rows = [{f"{phase}_s": s for phase in PHASES} for s in (1.0, 9.0, 1.0)]  # the second was disturbed
-    rows[0]["heldout_score"], rows[2]["heldout_score"] = scores[:2]
+    words = ["--credit", credit, *(["--credit.num_scored_steps=3"] if credit == "VGPO" else [])]
+    save_config(parse_config([*words, *FINISHED]), folder / "config.yaml")
+    rows = [{f"time/{phase}": s for phase in PHASES} for s in (1.0, 9.0, 1.0)]  # the second was disturbed
+    rows[0]["eval/reward"], rows[2]["eval/reward"] = rewards[:2]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "results.json").write_text(json.dumps({"after": {"score": scores[2], "strict": 0.5}}))
+    (folder / "results.json").write_text(
+        json.dumps({"after": {"reward": {"scaled": {"mean": rewards[2]}, "strict": {"mean": 0.5}}}})
+    )
 
 
 def test_learning_reads_what_was_spent_before_each_evaluation(script, tmp_path, capsys, monkeypatch):
     learning = script("learning")
-    finished_run(tmp_path / "tiny-geneval-grpo-7", "grpo", (0.2, 0.3, 0.4))
-    finished_run(tmp_path / "tiny-geneval-vgpo-7", "vgpo", (0.2, 0.6, 0.8))
+    finished_run(tmp_path / "tiny-geneval-GRPO-7", "GRPO", (0.2, 0.3, 0.4))
+    finished_run(tmp_path / "tiny-geneval-VGPO-7", "VGPO", (0.2, 0.6, 0.8))
     monkeypatch.setattr(learning.subprocess, "run", None)  # finished runs are not repeated
     learning.main(["--output", str(tmp_path), "--seeds", "7", "--figure", str(tmp_path / "figure.png")])
     out = capsys.readouterr().out
-    assert "| 2 | 4 | 8 | 16 | 0.3000 | nan | 8 | 48 | 0.6000 | nan |" in out  # seconds, pictures, score, strict
+    assert "| 2 | 4 | 8 | 16 | 0.3000 | nan | 8 | 48 | 0.6000 | nan |" in out  # seconds, images, reward, accuracy
     assert "| 3 | 6 | 12 | 24 | 0.4000 | 0.5000 | 12 | 72 | 0.8000 | 0.5000 |" in out
-    assert "until the mean held-out score was 0.4000" in out
-    assert "grpo: 12 seconds of training, 6 updates, 24 pictures scored" in out
-    assert "vgpo: 4 seconds of training, 2 updates, 24 pictures scored" in out  # half of the way to epoch 2
+    assert "until the mean held-out reward was 0.4000" in out
+    assert "GRPO: 12 seconds of training, 6 updates, 24 images scored" in out
+    assert "VGPO: 4 seconds of training, 2 updates, 24 images scored" in out  # half of the way to epoch 2
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
@@ -203,12 +214,16 @@ def test_learning_alternates_and_names_the_run_that_failed(script, tmp_path, mon
     def train(command):
         words = dict(word.removeprefix("--").split("=") for word in command if "=" in word)
         calls.append(words)
-        finished_run(tmp_path / words["name"], words["advantage.kind"], (0.1, 0.2, 0.3))
+        finished_run(tmp_path / words["name"], words["credit"], (0.1, 0.2, 0.3))
         return learning.subprocess.CompletedProcess(command, 75 if len(calls) == 4 else 0)
 
     monkeypatch.setattr(learning.subprocess, "run", train)
-    with pytest.raises(SystemExit, match="tiny-geneval-grpo-1 ended with code 75; call again"):
-        learning.main(["--output", str(tmp_path), "--seeds", "0", "1", "--epochs", "3", "--sampling.groups=2"])
-    kinds = [(words["advantage.kind"], words["seed"]) for words in calls]
-    assert kinds == [("grpo", "0"), ("vgpo", "0"), ("vgpo", "1"), ("grpo", "1")]
-    assert {(w["epochs"], w["evaluation.every"], w["sampling.groups"]) for w in calls} == {("3", "5", "2")}
+    with pytest.raises(SystemExit, match="tiny-geneval-GRPO-1 ended with code 75; call again"):
+        learning.main(
+            ["--output", str(tmp_path), "--seeds", "0", "1", "--epochs", "3", "--rollout.prompts_per_epoch=2"]
+        )
+    methods = [(words["credit"], words["seed"]) for words in calls]
+    assert methods == [("GRPO", "0"), ("VGPO", "0"), ("VGPO", "1"), ("GRPO", "1")]
+    assert {(w["epochs"], w["evaluation.eval_every"], w["rollout.prompts_per_epoch"]) for w in calls} == {
+        ("3", "5", "2")
+    }

@@ -1,182 +1,134 @@
+"A run opened again, and the program that evaluates it."
+
 import json
-import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vgpo.config import EvaluationConfig, ModelConfig
+from vgpo.config import Config, save_config
 from vgpo.evaluate import (
-    Result,
-    evaluate,
-    generate_images,
-    load_run,
+    EvaluateOptions,
+    cluster_of,
+    device_option,
     main,
-    make_policy,
-    mean_over_tasks,
-    open_policy,
-    read_model,
-    squared_error,
-    summarise,
+    prompt_rows,
+    reward_class,
+    reward_makers,
+    reward_specs,
+    settings_of,
+    this_process,
 )
+from vgpo.evaluation.folder import EvaluationFolder
+from vgpo.evaluation.images import EvaluationConfig, generate_images
+from vgpo.evaluation.scores import evaluate
 from vgpo.noise import sample_noise
+from vgpo.open_run import load_run, open_policy, read_model, read_run
+from vgpo.policies.base import load_policy
+from vgpo.policies.loading import ModelConfig
 from vgpo.prompts.files import load_prompts
-from vgpo.rewards.base import Scores, make_reward
+from vgpo.rewards.base import make_reward, options_of, reward_classes
+from vgpo.world.detector import GenEvalShapes
 
-ROWS = [{"prompt": f"a photo of a {color} circle", "tag": tag} for color, tag in zip(
-    ("red", "green", "blue", "red", "green"), "aabbb", strict=True)]  # fmt: skip
-
-
-def brightness(images, prompts, metadata):
-    return images.reshape(len(images), -1).mean(1) / 255
+CIRCLES = ["a photo of a red circle"] * 2
 
 
 @pytest.fixture(scope="module")
 def model(tiny_folder):
-    return make_policy(ModelConfig(path=str(tiny_folder)))
+    return load_policy(ModelConfig(path=str(tiny_folder)))
 
 
-@pytest.fixture(scope="module")
-def reward():
-    return make_reward(f"{__name__}:brightness")
-
-
-def test_mean_over_tasks_golden():
-    mean, stderr, tasks = mean_over_tasks([1, 0, 0, 0, 1, 1], list("aaaabb"))
-    assert (mean, stderr) == (5 / 8, 1 / 8) and tasks["a"] == (1 / 4, 1 / 4, 4) and tasks["b"] == (1.0, 0.0, 2)
-    with pytest.raises(ValueError, match="no values"):
-        mean_over_tasks([], [])
-
-
-def test_clusters_golden():
-    "Two prompts of two images, right and wrong: the error is that of two numbers, 1 and 0, and not of four."
-    values = np.array([1.0, 1.0, 0.0, 0.0])
-    assert squared_error(values, ["p", "p", "q", "q"]) == 1 / 4 and squared_error(values) == 1 / 12
-    assert squared_error(values, [3, 5, 7, 9]) == pytest.approx(squared_error(values))
-    assert squared_error(values, [1] * 4) == 0.25 and squared_error(values, [1] * 4, 1.0) == 1.0
-    # sizes 3 and 1, mean 3/4: sums of deviations are 3/4 and -3/4, so 2/1 * 2 * 9/16 / 16
-    assert squared_error(np.array([1.0, 1.0, 1.0, 0.0]), [0, 0, 0, 1]) == pytest.approx(9 / 64)
-    by_task = mean_over_tasks([1, 1, 0, 0, 1, 1], list("aaaabb"), clusters=[0, 0, 1, 1, 2, 3])
-    assert by_task[1] == pytest.approx(0.25) and by_task[2]["b"] == (1.0, 0.0, 2)
-
-
-def test_clustered_error_is_that_of_repeated_exams():
-    "Prompts with success probabilities of their own, Beta(1, 1), so correlation 1/3, and 2 or 4 images: 2,000 exams."
-    rng, prompt = np.random.default_rng(0), np.repeat(np.arange(30), np.tile([2, 4], 15))
-    exams = []
-    for _ in range(2000):
-        values = (rng.random(90) < rng.random(30)[prompt]).astype(float)
-        exams.append((values.mean(), squared_error(values, prompt), squared_error(values)))
-    mean, clustered, plain = np.array(exams).T
-    assert abs(clustered.mean() / mean.var(ddof=1) - 1) < 4 * math.sqrt(2 / 2000)
-    assert mean.var(ddof=1) / plain.mean() > 1.5  # images counted as strangers: too small an error
-
-
-def test_standard_error_is_that_of_repeated_exams():
-    "Variance of 2,000 means against the mean of the 2,000 squared errors; relative error of the former sqrt(2/2000)."
-    rng, tags = np.random.default_rng(0), ["a"] * 20 + ["b"] * 60
-    truth = np.repeat([0.3, 0.8], [20, 60])
-    exams = np.array([mean_over_tasks(rng.random(80) < truth, tags)[:2] for _ in range(2000)])
-    assert abs((exams[:, 1] ** 2).mean() / exams[:, 0].var(ddof=1) - 1) < 4 * math.sqrt(2 / 2000)
-    assert abs(exams[:, 0].mean() - 0.55) < 4 * exams[:, 0].std() / math.sqrt(2000)
-
-
-def test_summary_counts_tasks_not_images():
-    values = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
-    summary = summarise(Scores(values, values / 2, values > 0), ROWS)
-    assert summary["strict"] == 0.75 and summary["score"] == 0.375 and summary["images"] == 5
-    assert summary["by_task"] == {"a": 0.5, "b": 1.0} and summary["score_by_task"] == {"a": 0.25, "b": 0.5}
-    assert "strict" not in summarise(Scores(values, values), [{"prompt": "x"}] * 5)
-
-
-def test_change_is_paired():
-    "Two images of one task swap: each column has an error, and the change one of its own."
-
-    def result(strict, rows=ROWS[:2]):
-        values = torch.tensor(strict).float()
-        return Result(None, Scores(values, values, values > 0), {}, rows)
-
-    assert result([1, 0]).change_from(result([1, 0]))["strict"] == {"change": 0.0, "stderr": 0.0}
-    assert result([1, 1]).change_from(result([0, 0]))["a"] == {"change": 1.0, "stderr": 0.0}
-    assert result([1, 0]).change_from(result([0, 1]))["score"] == {"change": 0.0, "stderr": 1.0}
-    with pytest.raises(ValueError, match="different rows"):
-        result([1, 0]).change_from(result([1, 0], ROWS[2:4]))
-
-
-def test_images_depend_on_seed_and_row_alone(model, reward):
-    config = EvaluationConfig(steps=3)
-    whole = evaluate(model, reward, ROWS, config, seed=1, batch_size=64)
-    parts = evaluate(model, reward, ROWS, config, seed=1, batch_size=2)
-    fewer = evaluate(model, reward, ROWS[:3], config, seed=1)
-    other = evaluate(model, reward, ROWS, config, seed=2)
-    assert np.abs(whole.images.astype(int) - parts.images.astype(int)).max() <= 1
-    assert np.abs(whole.images[:3].astype(int) - fewer.images.astype(int)).max() <= 1
-    assert all((a != b).any() for a, b in zip(whole.images, other.images, strict=True))
-    assert whole.summary["score"] == pytest.approx(
-        np.mean([brightness(whole.images[i], 0, 0).mean() for i in (slice(0, 2), slice(2, 5))]), abs=1e-6)  # fmt: skip
-
-
-def test_bad_requests_are_named(model, reward):
-    with pytest.raises(ValueError, match="2 prompts but 1 noises"):
-        generate_images(model, ["a", "b"], torch.zeros(1, *model.latent_shape))
-    with pytest.raises(ValueError, match="no row to evaluate"):
-        evaluate(model, reward, [], EvaluationConfig())
+def noise(policy):
+    return torch.stack([sample_noise(policy.latent_shape, 0, 0, i, 0) for i in range(2)])
 
 
 def test_a_run_comes_back_as_the_policy_that_was_saved(trained, model):
     folder, saved = trained
     policy, config = load_run(folder)
-    noise = torch.stack([sample_noise(model.latent_shape, 0, 0, i, 0) for i in range(2)])
-    images = [generate_images(p, ["a photo of a red circle"] * 2, noise, 3).astype(int) for p in (saved, policy, model)]
+    images = [generate_images(p, CIRCLES, noise(model), 3).astype(int) for p in (saved, policy, model)]
     assert np.abs(images[0] - images[1]).max() <= 1 < np.abs(images[0] - images[2]).max()
     assert config.seed == 4 and not policy.parameters()
+
+
+def test_a_run_whose_weights_were_all_trained_comes_back(tiny_folder, tmp_path, model):
+    config = Config(model=ModelConfig(path=str(tiny_folder), lora_rank=0))
+    saved = load_policy(config.model)
+    saved.make_trainable(config.model)
+    with torch.no_grad():
+        for p in saved.parameters():
+            p.mul_(1.1)
+    saved.save(tmp_path / "transformer")
+    save_config(config, tmp_path / "config.yaml")
+    assert read_run(tmp_path)[1] == tmp_path / "transformer"
+    images = [generate_images(p, CIRCLES, noise(model), 3).astype(int) for p in (saved, load_run(tmp_path)[0], model)]
+    assert np.abs(images[0] - images[1]).max() <= 1 < np.abs(images[0] - images[2]).max()
 
 
 def test_program_evaluates_a_run_with_its_own_settings(trained, capsys):
     folder, _ = trained
     main([str(folder)])
     found, out = json.loads((folder / "evaluation.json").read_text()), capsys.readouterr().out
-    tasks = found["metrics"]["geneval-shapes"]["strict"]["by_task"]
-    assert (found["images"], found["settings"]["steps"], found["settings"]["seed"]) == (12, 4, 0)
+    tasks = found["metrics"]["GenEvalShapes"]["strict"]["by_task"]
+    assert (found["images"], found["settings"]["num_inference_steps"], found["settings"]["seed"]) == (12, 4, 0)
     assert len(tasks) == 6 and all(task in out for task in tasks) and "12 images of " in out
 
 
-def test_program_gives_the_figures_of_the_exam_in_memory(trained):
-    "The small exam of a run: the same images, scores and errors as before and after training."
+def test_program_gives_the_figures_of_an_evaluation_in_memory(trained):
+    "The same images, scores and errors as before and after training."
     policy, config = load_run(trained[0])
     rows = load_prompts("tiny-scenes", "test", 12)
-    summary = evaluate(policy, make_reward("geneval-shapes"), rows, config.evaluation).summary
+    summary = evaluate(policy, {"reward": GenEvalShapes()}, rows, config.evaluation).summary["reward"]
     main([str(trained[0])])
-    found = json.loads((trained[0] / "evaluation.json").read_text())["metrics"]["geneval-shapes"]
-    assert found["scaled"]["mean"] == summary["score"] and found["scaled"]["stderr"] == summary["score_stderr"]
-    assert found["strict"]["mean"] == summary["strict"] and found["strict"]["stderr"] == summary["stderr"]
-    assert {task: part["mean"] for task, part in found["strict"]["by_task"].items()} == summary["by_task"]
+    found = json.loads((trained[0] / "evaluation.json").read_text())["metrics"]["GenEvalShapes"]
+    assert {key: found[key] for key in summary} == json.loads(json.dumps(summary)) and "strict" in summary
 
 
 def test_program_evaluates_a_model_and_options_override(tiny_folder, tmp_path, capsys):
     prompts, output = tmp_path / "prompts.txt", tmp_path / "result"
     prompts.write_text("a photo of a red circle\na photo of a blue cross\n")
-    main([str(tiny_folder), "--prompts", str(prompts), "--reward", f"{__name__}:brightness", "--steps", "2",
-          "--guidance_scale", "2", "--seed", "9", "--output", str(output)])  # fmt: skip
+    main([str(tiny_folder), "--prompts", str(prompts), "--reward", "tiny_rewards:brightness",
+          "--num_inference_steps", "2", "--guidance_scale", "2", "--seed", "9", "--output", str(output)])  # fmt: skip
     found = json.loads((output / "results.json").read_text())
     settings = found["settings"]
-    assert (found["images"], settings["steps"], settings["guidance_scale"], settings["seed"]) == (2, 2, 2.0, 9)
-    assert "strict" not in found["metrics"][f"{__name__}:brightness"] and "| all " in capsys.readouterr().out
+    assert (found["images"], settings["num_inference_steps"], settings["guidance_scale"], settings["seed"]) == (
+        2,
+        2,
+        2.0,
+        9,
+    )
+    assert "strict" not in found["metrics"]["tiny_rewards:brightness"] and "| all " in capsys.readouterr().out
+    assert settings["cluster"] == "prompt" and found["libraries"]["torch"] and found["commit"] is None
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--images", "0"], "--images is 0; it must be at least 1"),
-    (["--steps", "-1"], "--steps is -1"),
+    (["--num_samples", "0"], "--num_samples is 0; it must be at least 1"),
+    (["--num_inference_steps", "-1"], "--num_inference_steps is -1"),
+    (["--guidance_scale", "0.5"], "--guidance_scale is 0.5; it must be at least 1"),
+    (["--guidance_scale", "nan"], "guidance_scale"),
     (["--prompts", "absent.txt"], "absent.txt does not exist"),
     (["--reward", "nonsense"], "unknown reward 'nonsense'"),
     (["--recipe", "nonsense"], "there is no recipe 'nonsense'"),
+    (["--steps", "3"], "unrecognized arguments: --steps"),
+    (["--num_samples", "many"], "num_samples"),
+    (["another"], "unrecognized arguments: another"),
 ])  # fmt: skip
 def test_bad_command_lines_end_in_one_line(tiny_folder, words, message):
     with pytest.raises(SystemExit) as stop:
         main([str(tiny_folder), *words])
     text = str(stop.value)
     assert text.startswith("error: ") and message in text and "\n" not in text
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in EvaluateOptions.__dataclass_fields__.items():
+        assert f"--{name}" in text or name == "model", name
+        assert field.type is not None
+    assert "images of each prompt; above 1, a prompt that comes twice counts once" in text and "default: 1" in text
 
 
 def test_folders_that_are_neither_run_nor_model(tmp_path, trained):
@@ -191,12 +143,8 @@ def test_folders_that_are_neither_run_nor_model(tmp_path, trained):
 
 def test_lora_on_a_base_model_is_the_run(trained, tiny_folder):
     folder, saved = trained
-    config, weights = read_model(str(tiny_folder), lora=str(folder / "lora"))
-    policy = open_policy(config, weights)
-    noise = torch.stack([sample_noise(saved.latent_shape, 0, 0, i, 0) for i in range(2)])
-    ours, theirs = (
-        generate_images(p, ["a photo of a red circle"] * 2, noise, 3) for p in (policy, load_run(folder)[0])
-    )
+    policy = open_policy(*read_model(str(tiny_folder), lora=str(folder / "lora")))
+    ours, theirs = (generate_images(p, CIRCLES, noise(saved), 3) for p in (policy, load_run(folder)[0]))
     assert np.array_equal(ours, theirs) and not policy.parameters()
     with pytest.raises(ValueError, match="is a run and has weights of its own; give --lora with a base model only"):
         read_model(str(folder), lora=str(folder / "lora"))
@@ -222,9 +170,103 @@ def test_weights_that_do_not_fit_are_refused(trained, tiny_folder, tmp_path, dam
 
 
 def test_model_that_is_nowhere(monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise OSError("cannot load\nanything")
 
-    monkeypatch.setattr("vgpo.evaluate.make_policy", fails)
-    with pytest.raises(OSError, match=r"some/model is not a folder, not `tiny`, and .* the hub \(cannot load\)"):
-        open_policy(*read_model("some/model"))
+    monkeypatch.setattr("vgpo.policies.loading.diffusers.DiffusionPipeline.load_config", fails)
+    with pytest.raises(
+        SystemExit, match=r"^error: cannot load the pipeline some/model, .*: cannot load anything"
+    ) as stop:
+        main(["some/model", "--num_samples=2"])
+    assert "\n" not in str(stop.value)
+    with pytest.raises(SystemExit, match="^error: nothing-like-it holds no pipeline"):
+        main(["nothing-like-it"])
+
+
+def test_settings_follow_contents_not_names(tmp_path, trained):
+    rows = load_prompts("tiny-scenes", "test", unique=True)[:2]
+    model, lora, config = ModelConfig(path="tiny"), trained[0] / "lora", EvaluationConfig()
+
+    def settings(rows, source, weights=lora):
+        return settings_of(EvaluationFolder(tmp_path, rows), source, model, config, weights=weights)
+
+    one, changed = settings(rows, "a/tiny-scenes"), [dict(row) for row in rows]
+    assert one == settings(changed, "b/tiny-scenes") and one["cluster"] == "prompt"
+    changed[1]["tag"] = "other"
+    assert one["rows_sha256"] != settings(changed, "a/tiny-scenes")["rows_sha256"]
+    copy = tmp_path / "lora"
+    copy.mkdir()
+    content = bytearray((lora / "pytorch_lora_weights.safetensors").read_bytes())
+    for change in (0, 1):
+        content[-1] ^= change
+        (copy / "pytorch_lora_weights.safetensors").write_bytes(content)
+        same = settings(rows, "tiny-scenes", copy)["trained"] == one["trained"]
+        assert same is not bool(change)
+
+
+def test_settings_have_all_that_images_depend_on(tmp_path):
+    f = EvaluationFolder(tmp_path, load_prompts("tiny-scenes", "test", 2))
+
+    def settings(seed=0, config=None, **model):
+        return settings_of(f, "tiny-scenes", ModelConfig(**model), config or EvaluationConfig(), seed)
+
+    first = settings()
+    for other in (settings(seed=1), settings(config=EvaluationConfig(guidance_scale=2)), settings(resolution=32),
+                  settings(config=EvaluationConfig(num_inference_steps=3)), settings(dtype="bfloat16"),
+                  settings(max_sequence_length=0), settings(vae_tiling=True), settings(distilled_guidance_scale=1),
+                  settings(revision="x")):  # fmt: skip
+        assert sum(first[key] != other[key] for key in first) == 1
+    assert settings(lora_rank=3, vae_slicing=True, compile=True, precompute_text_embeds=True) == first
+    assert first["cluster"] == cluster_of("tiny-words") == "image" != cluster_of("geneval")
+
+
+def test_rows_of_an_evaluation(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("a\nb\na\nc\n")
+    assert [row["prompt"] for row in prompt_rows(str(file), 100, 1)] == ["a", "b", "a", "c"]
+    assert [row["prompt"] for row in prompt_rows(str(file), 8, 4)] == ["a", "b"]
+    assert [row["prompt"] for row in prompt_rows(str(file), 2000, 4)] == ["a", "b", "c"]
+    official = prompt_rows("geneval", 2212, 4)
+    assert len(official) == 553 and len({row["tag"] for row in official}) == 6
+    assert prompt_rows("tiny-scenes", 528, 1) == load_prompts("tiny-scenes", "test", 528)
+
+
+def test_reward_options_and_device():
+    specs = reward_specs("JPEG", ["JPEG", "PickScore", "CLIPScore"])
+    makers = reward_makers(specs, {"JPEG": {"quality": 50}, "CLIPScore": {"device": "x"}}, "cuda")
+    assert makers["JPEG"]().version.endswith("quality 50") and makers["JPEG"].keywords == {"quality": 50}
+    assert makers["PickScore"].keywords == {"device": "cuda"} and makers["CLIPScore"].keywords == {"device": "x"}
+    with pytest.raises(ValueError, match="--reward_options has OCR, which --rewards has not"):
+        reward_makers(specs, {"OCR": {}})
+
+
+@pytest.mark.parametrize("name", reward_classes())
+def test_every_reward_with_a_device_gets_it_and_no_other(name):
+    takes = "device" in options_of(name)
+    assert device_option(name, "cuda") == ({"device": "cuda"} if takes else {})
+    path = f"{reward_class(name).__module__}.{name}"
+    assert reward_class(path) is reward_class({"class_path": path}) is reward_classes()[name]
+    assert device_option({"class_path": path, "init_args": {"device": "cuda:3"}}, "cuda") == {}
+
+
+def test_rewards_of_a_run(tmp_path):
+    "A run's own rewards have the options that they had; the parts of a combined one are asked one by one."
+    assert reward_specs("tiny_rewards:power") == {"tiny_rewards:power": "tiny_rewards:power"}
+    jpeg = {"class_path": "vgpo.rewards.own.JPEG", "init_args": {"quality": 5}}
+    assert reward_specs(jpeg) == {"JPEG": jpeg} and reward_specs(jpeg, ["OCR", "JPEG"]) == {"OCR": "OCR", "JPEG": jpeg}
+    parts = {"small": jpeg, "bright": "tiny_rewards:brightness"}
+    both = {
+        "class_path": "vgpo.rewards.base.Combined",
+        "init_args": {"rewards": parts, "weights": {"small": 1, "bright": 1}},
+    }
+    assert reward_specs(both) == parts and reward_specs(both, ["small"]) == {"small": jpeg}
+    makers = reward_makers(reward_specs(both), {"small": {"quality": 7}}, "cuda")
+    assert makers["small"]().quality == 7 and makers["bright"]().name == "tiny_rewards:brightness"
+    assert isinstance(make_reward(both).rewards["small"], reward_classes()["JPEG"])
+
+
+def test_several_processes_need_a_folder(monkeypatch):
+    monkeypatch.setattr("vgpo.evaluate.PartialState", lambda **_: SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match="2 processes need --output FOLDER"):
+        this_process(None)
+    assert this_process("folder").num_processes == 2

@@ -14,58 +14,64 @@ from tiny_pipelines import tiny_sd3
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import vgpo.costs
 import vgpo.plan
-import vgpo.train
 from vgpo.batches import solve_batches
-from vgpo.config import RECIPES, ModelConfig, RewardConfig, parse_config
-from vgpo.evaluate import make_policy
+from vgpo.bench import PHASES
+from vgpo.config import RECIPES, parse_config
+from vgpo.costs import FORMULAS, costs_of, metered, size_of, storages
+from vgpo.distributed import init_accelerator
+from vgpo.objectives.grpo_guard import GRPOGuard
 from vgpo.plan import (
     CARDS,
-    FORMULAS,
     SHARDS,
     Card,
-    costs_of,
     count_parameters,
     epoch_work,
     exchanged_bytes,
     gathered_bytes,
     main,
     make_plan,
-    metered,
     resident_bytes,
     reward_bytes,
     shard_table,
-    size_of,
-    storages,
     trajectory_bytes,
     working_bytes,
 )
-from vgpo.policies.base import meta_policy
-from vgpo.policies.loading import load_pipeline, networks, part_from_config, read_configs
+from vgpo.policies.base import load_policy, meta_policy
+from vgpo.policies.loading import ModelConfig, load_pipeline, networks, part_from_config, read_configs
 from vgpo.policies.sd3 import SD3Policy
-from vgpo.runs.session import Run, make_trainable
-from vgpo.train import assign, judge, sample, update
+from vgpo.runs.session import build_trainer
 
 FULL = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("tiny"))
 SMALL = [
-    *("--sampling.groups=3", "--sampling.group_size=4", "--sampling.steps=4", "--sampling.sde_steps=3"),
-    *("--values.reward_steps=3", "--sampling.batch_size=4", "--evaluation.images=2", "--optim.updates=2"),
-    *("--reward.name=tiny_rewards:brightness", "--prompts.train=tiny-scenes"),
+    *("--rollout.prompts_per_epoch=3", "--rollout.group_size=4", "--rollout.num_inference_steps=4"),
+    *("--rollout.micro_batch_size=4", "--window.size=3", "--optim.num_minibatches=2"),
+    *("--reward=tiny_rewards:brightness", "--prompts.train=tiny-scenes"),
 ]
 
 
 @pytest.fixture
 def options(tiny_folder):
-    "The command line of a small run with the random tiny model."
+    "The command line of a small run with the random tiny model, but for its credit estimator."
     return [*SMALL, f"--model.path={tiny_folder}"]
 
 
-def test_a_run_checks_the_processes_that_it_really_has(options, tmp_path, monkeypatch):
-    assert Run(parse_config(options), tmp_path).shares.share == 6
+VGPO = ["--credit=VGPO", "--credit.num_scored_steps=3", "--credit.anchor_steps=3"]
+
+
+def trainer_of(words):
+    "The Trainer of a command line."
+    config = parse_config(words)
+    return build_trainer(config, init_accelerator(config.rollout.reward_timeout))
+
+
+def test_a_run_checks_the_processes_that_it_really_has(options, monkeypatch):
+    assert trainer_of(options + VGPO).micro_batches.share == 6
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 4)
     with pytest.raises(ValueError, match="2 minibatches on 4 processes do not divide into 8 equal parts"):
-        Run(parse_config(options), tmp_path)
+        trainer_of(options + VGPO)
 
 
 PUBLISHED = {  # millions of parameters, and GB of the file at two bytes a number, as on the hub
@@ -142,9 +148,7 @@ def test_parameters_are_those_of_the_real_model(tiny_folder):
         }
     assert [(p.shape, p.dtype) for p in real.parameters()] == [(p.shape, p.dtype) for p in meta.parameters()]
     assert meta.latent_shape == real.latent_shape
-    shapes = [
-        [t.shape for t in c if t is not None] for c in (meta.example_embeds(2), real.encode(["a", "a red ball"]))
-    ]
+    shapes = [[t.shape for t in c if t is not None] for c in (meta.example_embeds(2), real.encode(["a", "a red ball"]))]
     assert shapes[0] == shapes[1]
 
 
@@ -166,7 +170,7 @@ def test_flops_are_those_of_the_public_counter(tiny_folder):
     attention = {op: formula.__wrapped__ for op, formula in FORMULAS.items() if op not in flop_registry}
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         passes(real)().square().mean().backward()
-    config = parse_config(["--model.path", str(tiny_folder), "--sampling.batch_size", "6"])
+    config = parse_config(["--model.path", str(tiny_folder), "--rollout.micro_batch_size", "6"])
     assert costs_of(config)[1].train.flops == counter.get_total_flops()
 
 
@@ -175,7 +179,7 @@ def test_flops_of_attention_and_of_a_product_by_hand():
     cost = metered(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
     assert cost.flops == 2 * 2 * (2 * 3 * 50 * 50 * 8)  # two products of L x L x D, two FLOPs a multiply-add
     a, b = torch.zeros(7, 11, device="meta"), torch.zeros(11, 13, device="meta")
-    assert metered(lambda: a @ b) == vgpo.plan.Cost(2 * 7 * 11 * 13, 0 + 7 * 13 * 4, 7 * 13 * 4)
+    assert metered(lambda: a @ b) == vgpo.costs.Cost(2 * 7 * 11 * 13, 0 + 7 * 13 * 4, 7 * 13 * 4)
 
 
 def test_kept_bytes_are_what_autograd_saves(tiny_folder):
@@ -193,7 +197,9 @@ def test_kept_bytes_are_what_autograd_saves(tiny_folder):
 
 
 def test_guidance_and_kl_are_made_of_the_parts_that_are_counted(options, tiny_folder):
-    config = parse_config([*options, "--sampling.batch_size=6", "--optim.guidance_scale=2", "--optim.kl_weight=0.1"])
+    config = parse_config(
+        [*options, *VGPO, "--rollout.micro_batch_size=6", "--objective.guidance_scale=2", "--objective.beta=0.1"]
+    )
     policy, costs = costs_of(config)
     whole = metered(passes(real_policy(tiny_folder), guidance=2.0, reference=True), backward=True)
     assert whole.flops == costs.train.flops + costs.forward.flops + 2 * costs.reference.flops  # both with guidance
@@ -202,96 +208,81 @@ def test_guidance_and_kl_are_made_of_the_parts_that_are_counted(options, tiny_fo
 
 
 VARIANTS = {
-    "vgpo": [],
-    "grpo": ["--advantage.kind=grpo"],
-    "guided with kl": ["--sampling.guidance_scale=2", "--optim.guidance_scale=2", "--optim.kl_weight=0.1"],
-    "unguided update": ["--sampling.guidance_scale=2"],
-    "drafts, checkpointing": ["--model.tiny_vae={}/vae", "--model.gradient_checkpointing=true"],
+    "vgpo": VGPO,
+    "grpo": ["--credit=GRPO"],
+    "guided with kl": [*VGPO, "--rollout.guidance_scale=2", "--objective.guidance_scale=2", "--objective.beta=0.1"],
+    "unguided update": [*VGPO, "--rollout.guidance_scale=2"],
+    "drafts, checkpointing": [*VGPO, "--model.tiny_vae={}/vae", "--model.gradient_checkpointing=true"],
 }
 
 
-def counted_epoch(run, monkeypatch):
-    "What really happens in an epoch of a run: images through the network, decoded, scored; and what is kept."
+def counted_epoch(trainer, monkeypatch):
+    "What really happens in an epoch of a trainer: images through the network, decoded, scored; and what is kept."
     seen = {"network": 0, "backward": 0, "decode": 0, "draft": 0, "score": 0}
+    policy, reward = trainer.policy, trainer.reward
 
     def passed(module, given, output):
         seen["network"] += len(output[0])
         if output[0].requires_grad:
             output[0].register_hook(lambda g: seen.__setitem__("backward", seen["backward"] + len(g)))
 
-    run.policy.network.register_forward_hook(passed)
-    pixels, reward = run.policy.pixels, run.reward
+    policy.network.register_forward_hook(passed)
+    pixels, scored = policy.pixels, type(reward).__call__
 
     def decoded(vae, latents):
-        seen["decode" if vae is run.policy.pipe.vae else "draft"] += len(latents)
+        seen["decode" if vae is policy.pipe.vae else "draft"] += len(latents)
         return pixels(vae, latents)
 
-    monkeypatch.setattr(run.policy, "pixels", decoded)
-
-    def scored(images, prompts, metadata):
+    def counted(self, images, prompts, metadata):
         seen["score"] += len(images)
-        return reward(images, prompts, metadata)
+        return scored(self, images, prompts, metadata)
 
-    scored.name = reward.name
-    run.reward, run.seconds = scored, {}
-    batches = list(sample(run))
-    paths = [
-        (b.path.latents, b.path.clean, b.path.log_probs, *(t for t in b.condition if t is not None)) for b in batches
+    monkeypatch.setattr(policy, "pixels", decoded)
+    monkeypatch.setattr(type(reward), "__call__", counted)
+    trainer.train_epoch()
+    tensors = [
+        (b.path.latents, b.path.clean, b.path.log_probs, *(t for t in b.embeds if t is not None))
+        for b in trainer.batches
     ]
-    kept = sum(t.nbytes for path in paths for t in path)
-    judge(run, batches)
-    assign(run, batches)
-    update(run, batches)
+    kept = sum(t.nbytes for batch in tensors for t in batch)
     return seen, kept
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_work_of_a_real_epoch(options, tiny_folder, tmp_path, monkeypatch, variant):
-    config = parse_config([*options, *(word.format(tiny_folder) for word in VARIANTS[variant])])
-    run = Run(config, tmp_path)
-    seen, kept = counted_epoch(run, monkeypatch)
-    plan = make_plan(config)
+def test_the_work_of_a_real_epoch(options, tiny_folder, monkeypatch, variant):
+    words = [*options, *(word.format(tiny_folder) for word in VARIANTS[variant])]
+    trainer, plan = trainer_of(words), make_plan(parse_config(words))
+    seen, kept = counted_epoch(trainer, monkeypatch)
     work = plan.work
-    assert seen["network"] == work["sample"] + work["train"] + work["beside"] + work["reference"]
+    assert seen["network"] == work["rollout"] + work["train"] + work["guide"] + work["reference"]
     assert seen["backward"] == work["train"]
     assert {k: seen[k] for k in ("decode", "draft", "score")} == {k: work[k] for k in ("decode", "draft", "score")}
     assert plan.trajectories == kept
 
-    trained, moments = run.policy.parameters(), run.optimizer.state.values()
+    trained, moments = trainer.policy.parameters(), trainer.optimizer.state.values()
     real = {
         "trained weights": size_of(trained),
         "gradients": size_of(p.grad for p in trained),
         "AdamW's moments": size_of(m[key] for m in moments for key in ("exp_avg", "exp_avg_sq")),
-        "average (EMA)": size_of(run.ema.shadow_params),
+        "average (EMA)": size_of(trainer.ema.shadow_params),
         "autoencoder": sum(
-            size_of([*m.parameters(), *m.buffers()]) for m in (run.policy.pipe.vae, run.policy.tiny_vae) if m
+            size_of([*m.parameters(), *m.buffers()]) for m in (trainer.policy.pipe.vae, trainer.policy.tiny_vae) if m
         ),
     }
     assert {part: plan.resident[part] for part in real} == real
-    network = run.policy.pipe.transformer
+    network = trainer.policy.pipe.transformer
     assert plan.resident["transformer, frozen"] == size_of([*network.parameters(), *network.buffers()]) - size_of(
         trained
     )
 
 
 def test_the_work_by_hand(options):
-    config = parse_config(
-        [*options, "--sampling.guidance_scale=2", "--optim.guidance_scale=2", "--optim.kl_weight=0.1"]
-    )
-    work = epoch_work(config, solve_batches(3, 4, 2, 4))
-    assert work == {
-        **{
-            "sample": 12 * 4 * 2,
-            "train": 12 * 3,
-            "beside": 12 * 3,
-            "reference": 12 * 3 * 2,
-            "decode": 36,
-            "draft": 0,
-            "score": 36,
-        },
-        "encode": 3,
-    }
-    config.reward.parts, config.advantage.kind = {"jpeg": 1.0, "ocr": 1.0}, "grpo"
+    guided = ["--rollout.guidance_scale=2", "--objective.guidance_scale=2", "--objective.beta=0.1"]
+    work = make_plan(parse_config([*options, *VGPO, *guided])).work
+    passes = {"rollout": 12 * 4 * 2, "train": 12 * 3, "guide": 12 * 3, "reference": 12 * 3 * 2}
+    assert work == passes | {"decode": 36, "draft": 0, "score": 36, "encode": 3}
+    config = parse_config([*options, "--credit=GRPO"])
+    config.reward = {"class_path": "Combined", "init_args": {"rewards": {"a": "JPEG", "b": "OCR"}, "weights": {}}}
     assert epoch_work(config, solve_batches(3, 4, 2, 4))["score"] == 24
 
 
@@ -360,8 +351,8 @@ def test_what_a_process_holds_of_a_network_that_is_cut(eight_processes, tmp_path
     pipe.save_pretrained(tmp_path)
     settings = dict(dtype="bfloat16", lora_rank=rank, resolution=16, max_sequence_length=4, fsdp=shard)
     model = ModelConfig(path=str(tmp_path), **settings)
-    real, meta = make_policy(model), meta_policy(model)
-    make_trainable(real, model, 0)
+    real, meta = load_policy(model), meta_policy(model)
+    real.make_trainable(model, 0)
     real.shard(shard)
     forward, backward, peak = tracked(real)
 
@@ -381,22 +372,24 @@ def test_what_a_process_holds_of_a_network_that_is_cut(eight_processes, tmp_path
 
 
 def test_what_cutting_saves(options, tiny_folder):
-    table = shard_table(parse_config([*options, "--model.dtype", "bfloat16", "--sampling.batch_size", "1"]), 2)
+    table = shard_table(
+        parse_config([*options, *VGPO, "--model.dtype", "bfloat16", "--rollout.micro_batch_size", "1"]), 2
+    )
     lora, whole = ([table[kind, shard] for shard in SHARDS] for kind in ("LoRA", "all weights"))
     assert whole[0] > whole[1] > whole[2] and lora[0] > lora[2] and whole[0] > lora[0]
-    one = [make_plan(parse_config([*options, "--model.fsdp", shard])) for shard in SHARDS]
+    one = [make_plan(parse_config([*options, *VGPO, "--model.fsdp", shard])) for shard in SHARDS]
     assert one[0].phases == one[1].phases == one[2].phases and not one[0].sharded  # one process has nothing to cut
-    two = [make_plan(parse_config([*options, "--model.fsdp", shard]), 2) for shard in SHARDS]
+    two = [make_plan(parse_config([*options, *VGPO, "--model.fsdp", shard]), 2) for shard in SHARDS]
     assert [max(plan.phases.values()) for plan in two] == list(two[0].sharded.values()) == list(two[2].sharded.values())
-    assert two[2].working["sample"] - two[1].working["sample"] == gathered_bytes(
+    assert two[2].working["rollout"] - two[1].working["rollout"] == gathered_bytes(
         meta_policy(two[2].config.model).network
     )
 
 
 def test_guard_keeps_the_means_too(options, tiny_folder):
-    config = parse_config(options)
+    config = parse_config(options + VGPO)
     policy, batches = costs_of(config)[0], solve_batches(3, 4, 2, 4)
-    guarded = replace(config, optim=replace(config.optim, ratio="guard"))
+    guarded = replace(config, objective=GRPOGuard())
     more = trajectory_bytes(guarded, policy, batches) - trajectory_bytes(config, policy, batches)
     assert more == 12 * 4 * 4 * math.prod(policy.latent_shape)
 
@@ -425,7 +418,7 @@ def test_every_full_scale_recipe_has_a_plan(recipe):
     config = parse_config(["--recipe", recipe])
     plan = make_plan(config, processes=8)
     assert plan.parameters["transformer"][0] > 1e7 and plan.parameters["vae"][0] == 0
-    assert all(count > 0 for kind, count in plan.work.items() if kind in ("sample", "train", "decode", "score"))
+    assert all(count > 0 for kind, count in plan.work.items() if kind in ("rollout", "train", "decode", "score"))
     assert plan.fits(CARDS["80"]) and all(s > 0 for p, s in plan.seconds(CARDS["80"]).items() if p != "score")
     kept, rest = costs_of(config)[1].train.kept, sum(plan.resident.values()) + plan.trajectories
     assert max(plan.phases.values()) <= rest + max(plan.working.values())
@@ -445,9 +438,9 @@ def test_vgpo_costs_decodes_and_scores_more_than_grpo_and_nothing_else(task):
 
 def test_the_program_prints_a_plan_and_starts_nothing(options, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    vgpo.train.main(["--plan", *options, "--card", "24", "--processes", "2", "--score_seconds", "2"])
+    main([*options, *VGPO, "--card", "24", "--processes", "2", "--score_seconds", "2"])
     out = capsys.readouterr().out
-    assert "12 images an epoch, 6 in each of 2 processes" in out
+    assert "12 images per epoch, 6 in each of 2 processes" in out
     assert out.count("at most, by model.fsdp      off ") == 1
     assert "RTX 4090" in out and "A100" not in out and "yes" in out
     assert f"{36 / 2 * 2:.1f}" in out.split("RTX 4090")[1]
@@ -457,7 +450,7 @@ def test_the_program_prints_a_plan_and_starts_nothing(options, tmp_path, capsys,
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--processes", "5"], "2 updates on 5 processes do not divide"),
+        (["--processes", "5"], "2 minibatches on 5 processes do not divide"),
         (["--processes", "0"], "--processes is 0; it must be above 0"),
         (["--card", "12"], "invalid choice: '12'"),
         (
@@ -465,36 +458,44 @@ def test_the_program_prints_a_plan_and_starts_nothing(options, tmp_path, capsys,
             "some/model has no configuration here; give a folder.* or one of .*3.5-medium",
         ),
         (["--model.path", "nowhere"], "nowhere holds no pipeline"),
-        (["--sampling.grups", "5"], "did you mean sampling.groups"),
+        (["--rollout.group_sise", "5"], "did you mean rollout.group_size"),
         (["--model.resolution", "7"], "model.resolution is 7"),
         (["--model.tiny_vae", "no/such"], "no/such has no configuration here"),
     ],
 )
 def test_a_plan_that_cannot_be_made_says_why_in_one_line(options, arguments, message):
     with pytest.raises(SystemExit, match=message) as e:
-        main([*options, *arguments])
+        main([*options, *VGPO, *arguments])
     assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
 
 
 def test_models_with_the_same_settings_are_counted_once():
-    vgpo.plan.count_costs.cache_clear()
+    vgpo.costs.count_costs.cache_clear()
     for recipe in ("tiny-geneval", "tiny-ocr"):
         costs_of(parse_config(["--recipe", recipe]))
-    assert vgpo.plan.count_costs.cache_info().misses == 1
+    assert vgpo.costs.count_costs.cache_info().misses == 1
     assert json.dumps(asdict(parse_config(["--recipe", "tiny-ocr"]).model))
+
+
+FEW_STEPS = """base: tiny-geneval
+rollout: {num_inference_steps: 3}
+window: {class_path: Leading, init_args: {size: 2}}
+credit: {class_path: VGPO, init_args: {num_scored_steps: 2, anchor_steps: 2}}
+"""
 
 
 def test_the_benchmark_runs_on_a_cpu(tmp_path):
     root = Path(__file__).parents[1]
-    command = [sys.executable, "benchmarks/sd35.py", "--recipe", "tiny-geneval", "--epochs", "1", "--groups", "2"]
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(FEW_STEPS)
+    command = [sys.executable, "benchmarks/sd35.py", "--recipe", str(recipe), "--epochs", "1", "--groups", "2"]
     command += ["--group_size", "2", "--draft", "vgpo/world/tiny/vae", "--output", str(tmp_path / "found.json")]
-    command += ["--sampling.steps", "3", "--sampling.sde_steps", "2", "--values.reward_steps", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["results"]
-    assert set(found) == {"grpo", "vgpo", "vgpo, drafts"}
+    assert set(found) == {"GRPO", "VGPO", "VGPO, drafts"}
     for method in found.values():
-        parts = [method["seconds"][phase] for phase in ("sample", "decode", "score", "update")]
+        parts = [method["seconds"][phase] for phase in PHASES]
         assert min(parts) > 0 and sum(parts) <= method["seconds"]["epoch"]
     assert "GFLOP/s" in done.stdout and done.stdout.splitlines()[2].split()[-1] == "1.000"

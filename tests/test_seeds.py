@@ -12,8 +12,8 @@ spec.loader.exec_module(seeds)
 
 
 def result(after):
-    change = {"strict": {"change": after - 0.5, "stderr": 0.1}}
-    return {"before": {"strict": 0.5, "images": 12}, "after": {"strict": after}, "change": change, "seconds": 9.0}
+    means = {"before": {"mean": 0.5}, "after": {"mean": after}, "change": {"mean": after - 0.5, "stderr": 0.1}}
+    return {key: {"reward": {"strict": value}} for key, value in means.items()} | {"images": 12, "seconds": 9.0}
 
 
 def test_finished_runs_are_kept_begun_ones_resumed_and_others_started(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,57 @@
+"docs/metrics.md defines every number that a run or an evaluation writes down, and no other option or metric."
+
+import json
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from vgpo.config import Config, option_names
+from vgpo.credit.vgpo import VGPO
+from vgpo.evaluate import main as evaluate
+from vgpo.objectives.clipped import ClippedSurrogate
+from vgpo.train import main as train
+from vgpo.windows import Random
+
+PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+SMALL = ["--epochs=1", "--rollout.prompts_per_epoch=2", "--rollout.group_size=2", "--rollout.num_inference_steps=3",
+         "--window.size=2", "--credit.num_scored_steps=2", "--evaluation.num_samples=4",
+         "--evaluation.num_inference_steps=2", "--evaluation.eval_every=1", "--model.lora_rank=2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_folder):
+    "A short run with a KL and a second reward, of a reward with a verdict, by GRPO-Guard."
+    folder = tmp_path_factory.mktemp("runs")
+    train([*SMALL, f"--model.path={tiny_folder}", f"--output_dir={folder}", "--objective", "GRPOGuard",
+           "--objective.beta=0.1", "--early_stopping.validation_reward=JPEG"])  # fmt: skip
+    return next(folder.iterdir())
+
+
+def test_every_metric_of_a_run_is_defined_and_every_definition_is_of_a_metric(run):
+    logged = {key for line in (run / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    defined = {name for line in PAGE.partition("# What an evaluation finds")[0].splitlines() if line.startswith("| `")
+               for name in re.findall(r"`([^`]+)`", line.split("|")[1])}  # fmt: skip
+    assert defined - logged == {"reward/NAME", "raw/NAME"} and not logged - defined
+
+
+def test_every_entry_of_results_is_defined(run, tmp_path):
+    evaluate([str(run), "--num_samples=2", "--output", str(tmp_path / "e")])
+    parts = PAGE.partition("## `results.json` of an evaluation")
+    for part, path in ((parts[0], run / "results.json"), (parts[2], tmp_path / "e" / "results.json")):
+        found = json.loads(path.read_text())
+        assert all(f"`{key}`" in part for key in found), path
+    settings = json.loads((tmp_path / "e" / "settings.json").read_text())
+    words = {"model", "trained", "prompts", "rows", "rows_sha256", "cluster", "images_per_prompt", "guidance_scale",
+             "num_inference_steps", "seed"}  # fmt: skip
+    assert words < set(settings) and all(f"`{word}`" in parts[2] for word in words)
+    assert {field.name for field in fields(Config().model)} > set(settings) - words  # the model's options
+
+
+def test_every_option_that_the_page_names_is_there():
+    sections = {"credit": VGPO, "objective": ClippedSurrogate, "window": Random}
+    sections |= {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
+    known = {f"{name}.{f.name}" for name, section in sections.items() for f in fields(section)} | set(option_names())
+    named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.(?!jsonl?\b)[a-z_]+)", PAGE))
+    assert named and named <= known, named - known
