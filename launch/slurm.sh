@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on Slurm that goes on until it is finished, whatever the time limit: one task a GPU, no other launcher.
+# A run on Slurm that goes on until it is finished, whatever the time limit: one task per GPU, no other launcher.
 #   sbatch launch/slurm.sh --recipe sd35-geneval
 # The run is runs/slurm-JOB, or what the variable RUN says. The machines need the same code, weights and prompts, and the
 # run's folder lies on storage that they share. Change the numbers below, or give sbatch others: sbatch --nodes=4 ...
@@ -22,7 +22,7 @@ if [ -d "$run" ] && [ ! -f "$run/config.yaml" ]; then mv "$run" "$run.dead-$(dat
 if [ -f "$run/config.yaml" ]; then
   words=(--resume "$run")
 else
-  words=("$@" --output="$(dirname "$run")" --name="$(basename "$run")")
+  words=("$@" --output_dir="$(dirname "$run")" --name="$(basename "$run")")
 fi
 export MASTER_ADDR MASTER_PORT
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -4,13 +4,13 @@
     python tests/equivalence.py "4 processes"      one of its rows
 
 Each way to cut the run is launched on the CPU as a user launches it, `accelerate launch … -m vgpo.train`, but with this
-file in the place of `vgpo.train`: it notes what is drawn, judged and credited, and leaves the rest to the program.
+file in the place of `vgpo.train`: it notes what is drawn, scored and credited, and leaves the rest to the program.
 """
 
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
@@ -18,27 +18,29 @@ from unittest import mock
 import numpy as np
 
 import vgpo.train as program
-from vgpo.runs.checkpoint import newest_whole, read_checkpoint
-from vgpo.runs.session import state_tensors
+import vgpo.trainer
+from vgpo.runs.checkpoint import newest_valid, read_checkpoint, trainer_state
+from vgpo.runs.session import Session
+from vgpo.trainer import Trainer
 
 HERE = Path(__file__).parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(HERE.parent / "launch" / "cpu.yaml")]
 FAR = 2**40  # added to the prompts' numbers in gathered statistics: there float32 tells no two of them apart
 SMALL = [  # the recipe tiny-geneval, but smaller; four processes cannot take its groups whole
-    *("--sampling.groups=2", "--sampling.group_size=6", "--sampling.steps=4", "--sampling.sde_steps=3", "--epochs=3"),
-    *("--values.reward_steps=4", "--sampling.batch_size=1", "--optim.updates=3", "--optim.lr=3e-4", "--name=run"),
-    *("--optim.decay=false", "--optim.clip_range=0.1", "--evaluation.images=5", "--evaluation.steps=2"),
-    *("--checkpoint_every=1", "--keep_checkpoints=9"),
+    *("--rollout.prompts_per_epoch=2", "--rollout.group_size=6", "--rollout.num_inference_steps=4", "--window.size=3"),
+    *("--epochs=3", "--credit.num_scored_steps=4", "--rollout.micro_batch_size=1", "--optim.num_minibatches=3"),
+    *("--optim.lr=3e-4", "--optim.lr_scheduler=constant", "--objective.clip_range=0.1", "--evaluation.num_samples=5"),
+    *("--evaluation.num_inference_steps=2", "--save_every=1", "--save_total_limit=9", "--name=run"),
 ]
-BRIGHT, FAST = ["--reward.name=tiny_rewards:brightness"], ["--optim.lr=3e-3"]
-EIGHT = ["--sampling.group_size=4", "--optim.updates=1"]  # images an update
+BRIGHT, FAST = ["--reward=tiny_rewards:brightness"], ["--optim.lr=3e-3"]
+EIGHT = ["--rollout.group_size=4", "--optim.num_minibatches=1"]  # images per update
 WHOLE = ["--model.lora_rank=0", "--optim.lr=1e-4"]
-CUTS = {  # label: (what is unlike SMALL, processes, how it is cut); compared with one process in passes of one image
+CUTS = {  # label: (what is unlike SMALL, processes, how it is cut); compared with one process in micro-batches of one image
     "2 processes": ([], 2, []),
     "4 processes": ([], 4, []),
-    "passes of 4 images": ([], 1, ["--sampling.batch_size=4"]),
+    "micro-batches of 4 images": ([], 1, ["--rollout.micro_batch_size=4"]),
     "gradient checkpointing": ([], 1, ["--model.gradient_checkpointing=true"]),
-    "8 x 1 images an update, in a pass of 8": (EIGHT, 1, ["--sampling.batch_size=8"]),
+    "8 x 1 images per update, in a micro-batch of 8": (EIGHT, 1, ["--rollout.micro_batch_size=8"]),
     "`fsdp: shard_grad_op`, 2 processes": ([], 2, ["--model.fsdp=shard_grad_op"]),
     "`fsdp: full_shard`, 2 processes": ([], 2, ["--model.fsdp=full_shard"]),
     "`fsdp: full_shard`, 4 processes": ([], 4, ["--model.fsdp=full_shard"]),
@@ -46,58 +48,58 @@ CUTS = {  # label: (what is unlike SMALL, processes, how it is cut); compared wi
     "all weights trained: `fsdp: shard_grad_op`": (WHOLE, 2, ["--model.fsdp=shard_grad_op"]),
     "all weights trained: `fsdp: full_shard`": (WHOLE, 2, ["--model.fsdp=full_shard"]),
     "continuous reward: 2 processes": (BRIGHT, 2, []),
-    "continuous reward: passes of 4 images": (BRIGHT, 1, ["--sampling.batch_size=4"]),
+    "continuous reward: micro-batches of 4 images": (BRIGHT, 1, ["--rollout.micro_batch_size=4"]),
     "10 x the learning rate: 2 processes": (FAST, 2, []),
-    "10 x the learning rate: passes of 4 images": (FAST, 1, ["--sampling.batch_size=4"]),
+    "10 x the learning rate: micro-batches of 4 images": (FAST, 1, ["--rollout.micro_batch_size=4"]),
 }
 
 
 @contextmanager
 def recorded(folder):
-    "Within this context `vgpo.train` notes in `folder`, epoch by epoch, what it draws, judges and credits."
-    keys, noise, images = [], [], []
-    names = ("sample_noise", "roll", "judge", "update", "evaluate_before")
-    own = {name: getattr(program, name) for name in names}
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    "Within this context the trainer notes in `folder`, epoch by epoch, what it draws, scores and credits."
+    keys, noise, folder = [], [], Path(folder)
+    own = {"rollout": Trainer.rollout, "compute_advantages": Trainer.compute_advantages}
+    sample_noise, evaluate_before = vgpo.trainer.sample_noise, Session.evaluate_before
+    folder.mkdir(parents=True, exist_ok=True)
 
-    def save(name, run, **arrays):
-        np.savez(Path(folder) / f"{name}-{run.accelerator.process_index}.npz", **arrays)
+    def save(name, accelerator, **arrays):
+        np.savez(folder / f"{name}-{accelerator.process_index}.npz", **arrays)
 
-    def sample_noise(*key):
-        noise.append(own["sample_noise"](*key))
+    def noted_noise(*key):
+        noise.append(sample_noise(*key))
         return noise[-1]
 
-    def roll(run, update, pairs):
-        batch = own["roll"](run, update, pairs)
+    def rollout(trainer, minibatch, pairs):
+        batch = own["rollout"](trainer, minibatch, pairs)
         batch.path.group += FAR
         keys.extend(pairs)
         return batch
 
-    def judge(run, batches):
-        batches, final = own["judge"](run, batches)
-        images[:] = final[0]
-        return batches, final
+    def compute_advantages(trainer):
+        result = own["compute_advantages"](trainer)
 
-    def update(run, batches):
         def column(get):
-            return np.concatenate([get(batch) for batch in batches])
+            return np.concatenate([get(batch) for batch in trainer.batches])
 
         save(
-            f"epoch-{run.epoch}", run, key=keys, noise=np.stack(noise), start=column(lambda b: b.path.latents[:, 0]),
-            prompt=column(lambda b: [row["prompt"] for row in b.rows]), group=column(lambda b: b.path.group),
-            images=np.stack(images), rewards=column(lambda b: b.rewards), advantages=column(lambda b: b.advantages),
-            weights=vector(state_tensors(run)),
+            f"epoch-{trainer.epoch}", trainer.accelerator, key=keys, noise=np.stack(noise),
+            start=column(lambda b: b.path.latents[:, 0]), prompt=column(lambda b: [row["prompt"] for row in b.rows]),
+            group=column(lambda b: b.path.group), images=column(lambda b: b.images), rewards=column(lambda b: b.rewards),
+            advantages=column(lambda b: b.advantages), weights=vector(trainer_state(trainer)[0]),
         )  # fmt: skip
         keys.clear(), noise.clear()
-        return own["update"](run, batches)
-
-    def evaluate_before(run):
-        result = own["evaluate_before"](run)
-        prompts = [row["prompt"] for row in result.rows]
-        save("exam", run, images=result.images, scaled=result.scores.scaled, prompt=prompts)
         return result
 
-    with mock.patch.multiple(program, **{f.__name__: f for f in (sample_noise, roll, judge, update, evaluate_before)}):
+    def noted_evaluation(session):
+        result = evaluate_before(session)
+        prompts, scores = [row["prompt"] for row in result.rows], result.scores["reward"].scaled
+        save("evaluation", session.accelerator, images=result.images, scaled=scores, prompt=prompts)
+        return result
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(vgpo.trainer, "sample_noise", noted_noise))
+        stack.enter_context(mock.patch.object(Session, "evaluate_before", noted_evaluation))
+        stack.enter_context(mock.patch.multiple(Trainer, rollout=rollout, compute_advantages=compute_advantages))
         yield
 
 
@@ -117,7 +119,7 @@ def vector(tensors):
 
 def final_weights(run):
     "The weights that a run ended with, from its folder."
-    return vector(read_checkpoint(newest_whole(Path(run) / "checkpoints"))[0])
+    return vector(read_checkpoint(newest_valid(Path(run) / "checkpoints"))[0])
 
 
 def epochs(record):
@@ -163,7 +165,7 @@ def main(labels):
             one, other = Path(folder) / "-".join(["one", *kind]), Path(folder) / label
             for path, count, words in ((one, 1, kind), (other, processes, [*kind, *how])):
                 if not path.exists():
-                    said = launch(count, [*SMALL, *words, f"--output={path}"], path / "record").communicate()[0]
+                    said = launch(count, [*SMALL, *words, f"--output_dir={path}"], path / "record").communicate()[0]
                     if not (path / "run" / "report.md").exists():
                         sys.exit(said)
             d = differences(one, other)

@@ -18,6 +18,7 @@ from equivalence import EIGHT, FAR, SMALL, WHOLE, differences, epochs, final_wei
 from vgpo.advantages import group_relative, group_stats, value_anchored
 from vgpo.prompts.files import load_prompts
 from vgpo.runs.checkpoint import checkpoints, read_checkpoint
+from vgpo.runs.callbacks import StopWhenAsked
 from vgpo.train import main, stoppable
 
 
@@ -28,7 +29,7 @@ def made(tmp_path_factory):
 
     def make(processes, *words):
         folder = root / f"{processes}{''.join(words)}"
-        words = [*SMALL, *words, f"--output={folder}"]
+        words = [*SMALL, *words, f"--output_dir={folder}"]
         if not folder.exists() and processes == 1:
             with recorded(folder / "record"):
                 main(words)
@@ -44,7 +45,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def one(made):
-    "The run in one process, in passes of one image."
+    "The run in one process, in micro-batches of one image."
     return made(1)
 
 
@@ -59,8 +60,8 @@ def test_processes_that_divide_all_weights_among_them_do_what_one_does(made):
     check(made(1, *WHOLE, "--epochs=1"), made(2, *WHOLE, "--epochs=1", "--model.fsdp=full_shard"))
 
 
-def test_a_pass_of_eight_and_checkpointing_do_what_eight_passes_do(made):
-    check(made(1, *EIGHT), made(1, *EIGHT, "--sampling.batch_size=8", "--model.gradient_checkpointing=true"))
+def test_a_micro_batch_of_eight_and_checkpointing_do_what_eight_of_one_do(made):
+    check(made(1, *EIGHT), made(1, *EIGHT, "--rollout.micro_batch_size=8", "--model.gradient_checkpointing=true"))
 
 
 def check(one, other):
@@ -129,9 +130,9 @@ def test_equal_rewards_have_no_spread_at_all(count, reward):
 
 def test_the_held_out_rows_are_shared_out_and_put_together_again(one, made):
     prompts = [row["prompt"] for row in load_prompts("tiny-scenes", "test", 5)]
-    expected = np.load(one / "record" / "exam-0.npz")
+    expected = np.load(one / "record" / "evaluation-0.npz")
     for processes in (2, 4):
-        results = [np.load(file) for file in (made(processes) / "record").glob("exam-*.npz")]
+        results = [np.load(file) for file in (made(processes) / "record").glob("evaluation-*.npz")]
         assert len(results) == processes
         for found in results:  # every process knows the whole result
             assert found["prompt"].tolist() == prompts
@@ -142,7 +143,7 @@ def test_the_held_out_rows_are_shared_out_and_put_together_again(one, made):
 def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, capsys):
     "Two processes, whose launcher is told to stop; then one; then two that divide the gradients."
     folder = tmp_path / "run"
-    started = launch(2, [*SMALL, f"--output={tmp_path}"])
+    started = launch(2, [*SMALL, f"--output_dir={tmp_path}"])
     while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
         assert started.poll() is None, started.stdout.read()
         time.sleep(0.02)
@@ -162,13 +163,13 @@ def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, capsys):
 
     states = [read_checkpoint(path / "checkpoints" / "epoch-00003")[1] for path in (one / "run", folder)]
     for state in states:
-        del state["trained_s"], state["recipe"]["output"], state["recipe"]["model"]["shard"]
+        del state["callbacks"]["Clock"], state["recipe"]["output_dir"], state["recipe"]["model"]["fsdp"]
     assert states[0] == states[1] and states[0]["updates"] == 9
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     whole = [json.loads(line) for line in (one / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     for row, expected in zip(rows, whole, strict=True):
-        for key in ("reward", "strict", "group_std", "zero_std", "advantage", "grad_norm"):
+        for key in ("reward", "accuracy", "reward_std", "frac_reward_zero_std", "advantage/abs_mean", "grad_norm"):
             assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
     assert abs(final_weights(folder) - final_weights(one / "run")).max() <= 1e-5
 
@@ -189,7 +190,7 @@ def test_the_slurm_script_starts_resumes_and_requeues(tmp_path):
         return done.returncode, said
 
     code, said = submit(75)
-    assert code == 75 and said.endswith("vgpo --recipe tiny-geneval --output=runs --name=slurm-7\nrequeue 7\n")
+    assert code == 75 and said.endswith("vgpo --recipe tiny-geneval --output_dir=runs --name=slurm-7\nrequeue 7\n")
     (tmp_path / "runs" / "slurm-7").mkdir(parents=True)
     (tmp_path / "runs" / "slurm-7" / "config.yaml").touch()
     code, said = submit(0)
@@ -200,10 +201,10 @@ def test_the_slurm_script_starts_resumes_and_requeues(tmp_path):
 
 def test_a_second_sigterm_does_not_abort_the_stop_but_ctrl_c_does():
     "A scheduler and a launcher may send one each, while the checkpoint is being written."
-    run = SimpleNamespace(stopping=False, accelerator=SimpleNamespace(is_main_process=True))
-    with stoppable(run):
+    session = SimpleNamespace(stop=StopWhenAsked(), main=True)
+    with stoppable(session):
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
-        assert run.stopping
+        assert session.stop.asked
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -122,4 +122,5 @@ class EarlyStopping(Callback):
 
     def warnings(self, rows: list[dict]) -> list[str]:
         "What a report has to warn of, as sentences with their evidence."
-        return [text for text in (validation_warning(rows, self.validation_drop), spread_warning(rows), decline_warning(rows)) if text]
+        second = validation_warning(rows, self.validation_drop) if self.validation_reward else None  # not if it was dropped
+        return [text for text in (second, spread_warning(rows), decline_warning(rows)) if text]
