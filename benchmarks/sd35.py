@@ -23,8 +23,7 @@ from vgpo.bench import PHASES, timed_epoch
 from vgpo.callback import Callback
 from vgpo.config import parse_config
 from vgpo.distributed import init_accelerator
-from vgpo.plan import PHASES as KINDS
-from vgpo.plan import make_plan
+from vgpo.plan import PHASE_WORK, make_plan
 from vgpo.policies.base import policy_classes
 from vgpo.policies.loading import part_from_config, pipeline_from_configs, quiet, read_configs, reduce_vae_memory
 from vgpo.prompts.files import load_prompts
@@ -96,7 +95,7 @@ def measure(config, epochs):
 def compare(config, seconds, peaks):
     "Lines of one method: measured and planned GiB by phase, and the FLOP/s that were reached."
     plan, lines = make_plan(config), []
-    for phase, kinds in KINDS.items():
+    for phase, kinds in PHASE_WORK.items():
         flops = sum(plan.work[kind] * plan.flops[kind] for kind in kinds if kind != "encode")
         planned = plan.phases[phase] / 2**30
         found = f"{peaks[phase] / 2**30:8.2f} GiB measured, {planned:8.2f} planned" if peaks[phase] else " " * 30

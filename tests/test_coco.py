@@ -23,7 +23,7 @@ from transformers import (
 from vgpo.rewards.base import RewardError, make_reward, score
 from vgpo.rewards.coco import (
     COCO_CLASSES,
-    COLORS,
+    COLOR_WORDS,
     CocoDetector,
     GenEval,
     ColorClassifier,
@@ -61,7 +61,7 @@ def tiny_clip():
     letters = [*string.ascii_lowercase, "-"]
     symbols = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[], model_max_length=77)
-    tokenizer.add_tokens([AddedToken(w, single_word=True) for w in (*COLORS, "photo", "object", "colored")])
+    tokenizer.add_tokens([AddedToken(w, single_word=True) for w in (*COLOR_WORDS, "photo", "object", "colored")])
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = small | {
         "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
@@ -88,8 +88,8 @@ def teach_colors(model, tokenizer):
     for step in range(160):
         wording = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")[step % 3]
         label = ("dog", "cup", "clock", "teddy bear")[step % 4]
-        tokens = tokenizer([wording.format(c, label) for c in COLORS], padding=True, return_tensors="pt")
-        paint = [np.clip(np.add(PAINT[c], rng.integers(-15, 16, 3)), 0, 255).astype(np.uint8) for c in COLORS]
+        tokens = tokenizer([wording.format(c, label) for c in COLOR_WORDS], padding=True, return_tensors="pt")
+        paint = [np.clip(np.add(PAINT[c], rng.integers(-15, 16, 3)), 0, 255).astype(np.uint8) for c in COLOR_WORDS]
         pixels = torch.cat([clip_pixels(np.broadcast_to(p, (32, 32, 3)).copy(), 32) for p in paint])
         loss = model(**tokens, pixel_values=pixels, return_loss=True).loss
         optimizer.zero_grad()
@@ -112,7 +112,7 @@ def folders(tmp_path_factory):
 
 
 def test_the_names_are_genevals_in_cocos_order():
-    assert len(COCO_CLASSES) == len(set(COCO_CLASSES)) == 80 and len(COLORS) == 10
+    assert len(COCO_CLASSES) == len(set(COCO_CLASSES)) == 80 and len(COLOR_WORDS) == 10
     known = {
         "person": 0, "traffic light": 9, "stop sign": 11, "dog": 16, "frisbee": 29, "tennis racket": 38, "bowl": 45,
         "hot dog": 52, "couch": 57, "tv": 62, "computer mouse": 64, "tv remote": 65, "computer keyboard": 66,
@@ -286,9 +286,9 @@ def test_colors_against_an_independent_computation(folders, tmp_path):
     for label in ("bench", "hot dog"):
         with torch.no_grad():
             wordings = [[f"a photo of a {c} {label}", f"a photo of a {c}-colored {label}", f"a photo of a {c} object"]
-                        for c in COLORS]  # fmt: skip
+                        for c in COLOR_WORDS]  # fmt: skip
             head = torch.stack([unit(sum(text_embedding(t) for t in three) / 3) for three in wordings])
-            expected = [COLORS[(head @ image_embedding(crop)).argmax()] for crop in crops]
+            expected = [COLOR_WORDS[(head @ image_embedding(crop)).argmax()] for crop in crops]
         assert classifier(crops, label) == expected
         torch.testing.assert_close(classifier.heads[label], head, atol=1e-5, rtol=0)
         assert [classifier([crop], label)[0] for crop in crops] == expected  # one by one
@@ -311,12 +311,12 @@ def test_the_whole_chain_on_a_real_tiny_network(folders):
         assert len(detections) == len(scores) > 0
         np.testing.assert_allclose([d.score for d in detections], scores.numpy(), atol=1e-6)
         for d, mask in list(zip(detections, masks.numpy(), strict=True))[:5]:
-            assert d.box == mask_box(d.mask) and d.label in COCO_CLASSES and d.color in COLORS
+            assert d.box == mask_box(d.mask) and d.label in COCO_CLASSES and d.color in COLOR_WORDS
             assert (d.mask == mask).mean() > 0.999
     half = CocoDetector(**folders, dtype="bfloat16", min_score=0.0)  # CLIP only: the detections stay what they are
     assert half.model.dtype == torch.float32 and half.colors.model.dtype == torch.bfloat16
     again = half(images[:1])[0]
-    assert [(d.label, d.box) for d in again] == [(d.label, d.box) for d in found[0]] and again[0].color in COLORS
+    assert [(d.label, d.box) for d in again] == [(d.label, d.box) for d in found[0]] and again[0].color in COLOR_WORDS
 
 
 class Told(torch.nn.Module):
@@ -412,7 +412,7 @@ def test_rows_that_cannot_be_scored(folders):
     image = np.zeros((1, 32, 32, 3), np.uint8)
     for clause, message in [
         (thing("remote"), "prompt 'a photo, colors': unknown class 'remote': use one of vgpo.rewards.coco.COCO_CL"),
-        (thing("dog", color="grey"), "unknown color 'grey': use one of vgpo.rewards.coco.COLORS"),
+        (thing("dog", color="grey"), "unknown color 'grey': use one of vgpo.rewards.coco.COLOR_WORDS"),
     ]:
         with pytest.raises(RewardError, match=message):
             score(reward, image, ["a photo"], [row("colors", clause)])

@@ -23,7 +23,7 @@ from vgpo.evaluation.folder import (
     evaluate_in_folder,
     open_folder,
     read_image,
-    read_scores,
+    read_score_files,
     score_missing,
 )
 from vgpo.evaluation.images import EvaluationConfig, draw_samples, generate_images
@@ -237,12 +237,12 @@ def test_a_torn_line_is_scored_again(model, tmp_path):
     f = EvaluationFolder(tmp_path, rows(4), 2, batch_size=3)
     take(f, model)
     own = f.scores_folder("bright") / "00000.jsonl"
-    whole, content = read_scores(f, "bright"), own.read_bytes()
+    whole, content = read_score_files(f, "bright"), own.read_bytes()
     for cut in (0, 10, content.index(b"\n"), content.index(b"\n") + 1, len(content) - 1):
         own.write_bytes(content[:cut])
         for rank in (1, 0):
             score_missing(replace(f, rank=rank, processes=2), "bright", Bright)
-        assert read_scores(f, "bright") == whole
+        assert read_score_files(f, "bright") == whole
         (f.scores_folder("bright") / "00001.jsonl").unlink(missing_ok=True)
     own.write_bytes(b"no end of line")
     score_missing(f, "bright", Bright)
@@ -356,7 +356,7 @@ def test_a_failing_reward_loses_nothing(model, tmp_path):
 
     with pytest.raises(RewardError, match="the reward is out"):
         take(f, model, {"bright": Fails})
-    assert len(read_scores(f, "bright")) == 4 and len(list((tmp_path / "images").iterdir())) == 6
+    assert len(read_score_files(f, "bright")) == 4 and len(list((tmp_path / "images").iterdir())) == 6
     take(f, None)
     assert len(raw(f)) == 6
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_id', 'cluster_of', 'settings_of', 'reward_specs', 'reward_class', 'device_option', 'reward_makers',
            'check_at_least', 'SampleOptions', 'EvaluateOptions', 'prompt_rows', 'this_process', 'hub_commit',
-           'library_versions', 'write_results', 'evaluate_model', 'compare_models', 'make_parser', 'run_program',
+           'library_versions', 'write_results', 'evaluate_model', 'compare_models', 'evaluate_parser', 'run_evaluation',
            'main']
 
 # %% ../nbs/practice/82_evaluate.ipynb #c003
@@ -215,7 +215,7 @@ def compare_models(before: str, after: str, output: str | None = None):
     print(f"figure: {folder / f'change-{first}-{second}.png'}")
 
 
-def make_parser() -> Parser:
+def evaluate_parser() -> Parser:
     "The command line of the program."
     parser = Parser(prog="python -m vgpo.evaluate", description="Draw held-out prompts and score the images.", allow_abbrev=False)
     parser.add_argument("model", nargs="?", help="a run's folder, a pipeline's folder, `tiny`, or a name on the hub")
@@ -227,9 +227,9 @@ def make_parser() -> Parser:
     return parser
 
 # %% ../nbs/practice/82_evaluate.ipynb #c031
-def run_program(argv: list[str] | None):
+def run_evaluation(argv: list[str] | None):
     "Do what a command line asks for."
-    given = make_parser().parse_args(argv).as_dict()
+    given = evaluate_parser().parse_args(argv).as_dict()
     compared, options = given.pop("compare"), EvaluateOptions(**given)
     if compared: return compare_models(*compared, options.output)
     if options.model is None: raise ValueError("nothing to evaluate; give a run or a model (`tiny` ships with vgpo)")
@@ -243,7 +243,7 @@ def run_program(argv: list[str] | None):
 def main(argv: list[str] | None = None):
     "The program; `argv` is the command line without its first word."
     quiet()
-    try: run_program(argv)
+    try: run_evaluation(argv)
     except (ValueError, OSError, FloatingPointError, ImportError) as e: sys.exit(f"error: {' '.join(str(e).split())}")
 
 # %% ../nbs/practice/82_evaluate.ipynb #c045

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RETRIED', 'MAX_BACKOFF', 'KEY_ENV', 'FORMATS', 'KINDS', 'CallError', 'Backoff', 'read_key', 'check_url',
            'is_loopback', 'Endpoint', 'attempt', 'truncate', 'json_object', 'root_cause', 'retryable', 'call',
-           'image_base64', 'column', 'parts_of', 'read_scores', 'fetch_identity', 'check_identity', 'Remote',
+           'image_base64', 'answer_column', 'parts_of', 'read_scores', 'fetch_identity', 'check_identity', 'Remote',
            'score_piece', 'score_remotely']
 
 # %% ../../nbs/rewards/50_remote.ipynb #c002
@@ -188,7 +188,7 @@ def image_base64(image, format: str = "png") -> str:
 KINDS = {"raw": (int, float), "scaled": (int, float), "strict": (bool,), "details": (dict,)}
 
 
-def column(answer: dict, key: str, count: int) -> list:
+def answer_column(answer: dict, key: str, count: int) -> list:
     "The `count` values of an answer under `key`, each of its kind; CallError for anything else."
     values = answer.get(key)
     if not isinstance(values, list) or len(values) != count or not all(type(v) in KINDS[key] for v in values):
@@ -209,7 +209,7 @@ def parts_of(answers: list[dict]) -> dict[str, list[dict]]:
 
 def read_scores(answers: list[dict], counts: list[int]) -> Scores:
     "The Scores in the answers about `counts` images each, one after another; CallError for anything else in them."
-    def values(key): return list(chain(*(column(answer, key, n) for answer, n in zip(answers, counts, strict=True))))
+    def values(key): return list(chain(*(answer_column(answer, key, n) for answer, n in zip(answers, counts, strict=True))))
     raw, scaled = (torch.tensor(values(key), dtype=torch.float32) for key in ("raw", "scaled"))
     strict = None if all(answer.get("strict") is None for answer in answers) else torch.tensor(values("strict"))
     parts = {name: read_scores(given, counts) for name, given in parts_of(answers).items()}
