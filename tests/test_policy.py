@@ -20,16 +20,17 @@ from tiny_pipelines import tiny_sd3
 from torch.testing import assert_close
 
 from vgpo.config import parse_config
-from vgpo.evaluate import generate_images, load_run
+from vgpo.evaluation.images import generate_images
 from vgpo.flow import ode_sample
+from vgpo.open_run import load_run
 from vgpo.policies.base import load_policy, meta_policy
 from vgpo.policies.embeds import EmbeddingCache, PromptEmbeds, PromptEncoder, collate
 from vgpo.policies.loading import LatentSpec, ModelConfig, latent_side, load_pipeline, networks, pipeline_errors
 from vgpo.policies.sd3 import SD3Policy
 from vgpo.rollout import replay, rollout
-from vgpo.runs.session import averaged, evaluate_before, needed_prompts, start
+from vgpo.runs.session import Session, needed_prompts
 from vgpo.sde import FlowSDE
-from vgpo.train import finish, train, train_epoch
+from vgpo.train import start
 from vgpo.world.pretrain import make_autoencoder
 
 PROMPTS = ["a photo of two red circles", 'a blue sign that says "CAT"']
@@ -291,9 +292,12 @@ def test_resolutions(tiny_folder):
         SD3Policy(pipe, ModelConfig(resolution=16)).latent_shape == (8, 4, 4)
         and SD3Policy(pipe, ModelConfig(resolution=16)).image_tokens == 4
     )
-    for wrong in (30, 40, 0, -8):
+    for wrong in (30, 40):
         with pytest.raises(ValueError, match=f"model.resolution is {wrong}; .* multiple of 8 up to 32"):
             SD3Policy(pipe, ModelConfig(resolution=wrong))
+    for wrong in (0, -8):
+        with pytest.raises(ValueError, match=f"resolution is {wrong}; it must be a number v with v>0"):
+            ModelConfig(resolution=wrong)
     unbounded = LatentSpec(channels=16, patch=2, side=128)
     assert latent_side(unbounded, 8) == 128 and latent_side(unbounded, 8, 4096) == 512
     with pytest.raises(ValueError, match="model.resolution is 0; .* multiple of 16 from 16"):
@@ -502,7 +506,7 @@ def test_freed_text_encoders(tiny_folder, noise, tmp_path, cached):
 
 
 def test_the_prompts_that_a_run_needs():
-    config = parse_config(["--epochs", "3", "--sampling.groups", "2", "--seed", "5", "--optim.updates", "1"])
+    config = parse_config(["--epochs", "3", "--rollout.prompts_per_epoch", "2", "--seed", "5", "--optim.num_minibatches", "1"])
     rows, test = [{"prompt": f"p{i}"} for i in range(50)], [{"prompt": "held out"}, {"prompt": "p1"}]
     from vgpo.noise import epoch_prompts
 
@@ -603,56 +607,58 @@ def test_numbers_of_tokens(tiny_folder):
 
 
 SMALL = [
-    *("--sampling.groups=2", "--sampling.group_size=2", "--sampling.steps=3", "--sampling.sde_steps=2"),
-    *("--values.reward_steps=3", "--sampling.batch_size=2", "--evaluation.images=2", "--evaluation.steps=2"),
-    *("--reward.name=tiny_rewards:brightness", "--samples_every=100", "--optim.lr=1e-3", "--optim.updates=2"),
-    *("--epochs=1", "--checkpoint_every=1", "--sampling.guidance_scale=2", "--optim.guidance_scale=2"),
+    *("--rollout.prompts_per_epoch=2", "--rollout.group_size=2", "--rollout.num_inference_steps=3"),
+    *("--rollout.micro_batch_size=2", "--window.size=2", "--credit.num_scored_steps=3", "--credit.anchor_steps=2"),
+    *("--evaluation.num_samples=2", "--evaluation.num_inference_steps=2", "--reward=tiny_rewards:brightness"),
+    *("--log_images_every=100", "--optim.lr=1e-3", "--optim.num_minibatches=2", "--epochs=1", "--save_every=1"),
+    *("--rollout.guidance_scale=2", "--objective.guidance_scale=2"),
 ]
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
     "Runs without their figures, which take longer than these runs."
-    for name in ("save_samples", "write_report"):
-        monkeypatch.setattr(f"vgpo.train.{name}", lambda *_: None)
+    monkeypatch.setattr("vgpo.runs.callbacks.SaveImages.after_epoch", lambda *_: None)
+    monkeypatch.setattr(Session, "report", lambda *_: None)
 
 
 def test_memory_options_do_not_change_a_run(tiny_folder, tmp_path, no_figures):
-    options = [*SMALL, f"--model.path={tiny_folder}", f"--output={tmp_path}"]
+    options = [*SMALL, f"--model.path={tiny_folder}", f"--output_dir={tmp_path}"]
     saving = [*options, "--model.precompute_text_embeds=true", f"--model.embedding_cache={tmp_path / 'cache'}"]
     measured = []
     for arguments in (options, saving, saving):
-        run = start(arguments)
-        metrics = train_epoch(run)
-        measured.append({key: value for key, value in metrics.items() if not key.endswith("_s")})
-    assert measured[0] == measured[1] == measured[2] and run.policy.pipe.text_encoder is None
+        session = start(arguments)
+        metrics = session.trainer.train_epoch()
+        measured.append({k: v for k, v in metrics.items() if not k.startswith(("time/", "samples_per_second"))})
+    assert measured[0] == measured[1] == measured[2] and session.trainer.policy.pipe.text_encoder is None
     files = list((tmp_path / "cache").iterdir())
-    assert len(files) == len(needed_prompts(run.config, run.rows, run.test))
+    assert len(files) == len(needed_prompts(session.config, session.trainer.rows, session.test))
 
 
 def test_a_run_of_all_weights(tiny_folder, tmp_path, no_figures):
-    options = [*SMALL, f"--model.path={tiny_folder}", f"--output={tmp_path}", "--model.lora_rank=0"]
-    run = start(options)
-    run.before = evaluate_before(run)
-    train(run)
-    finish(run)
-    assert (run.folder / "transformer").is_dir() and not (run.folder / "lora").exists()
-    policy, _ = load_run(run.folder)
-    with averaged(run):
-        trained = [p.detach().clone() for p in run.policy.parameters()]
+    options = [*SMALL, f"--model.path={tiny_folder}", f"--output_dir={tmp_path}", "--model.lora_rank=0"]
+    session = start(options)
+    session.run()
+    folder, trainer = session.folder, session.trainer
+    assert (folder / "transformer").is_dir() and not (folder / "lora").exists()
+    policy, _ = load_run(folder)
+    with trainer.averaged():
+        trained = [p.detach().clone() for p in trainer.policy.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(policy.network.parameters(), trained, strict=True))
     assert not policy.parameters() and any(
-        not torch.equal(a, b) for a, b in zip(trained, run.policy.reference_weights, strict=True)
+        not torch.equal(a, b) for a, b in zip(trained, trainer.policy.reference_weights, strict=True)
     )
-    run.lock.release()
-    resumed = start(["--resume", str(run.folder)])
-    assert np.array_equal(evaluate_before(resumed).images, run.before.images)
-    with pytest.raises(ValueError, match="optim.kl_weight is 0.1; with model.lora_rank 0 it must be 0"):
-        parse_config([*options, "--optim.kl_weight=0.1"])
+    session.lock.release()
+    resumed = start(["--resume", str(folder)])
+    assert np.array_equal(resumed.evaluate_before().images, session.before.images)
+    with pytest.raises(ValueError, match="with model.lora_rank 0 there is no second set of weights"):
+        parse_config([*options, "--objective.beta=0.1"])
 
 
 def test_evaluation_with_freed_encoders(tiny_folder, noise):
     policy = load_policy(ModelConfig(str(tiny_folder), precompute_text_embeds=True))
-    images = generate_images(policy, PROMPTS, noise, steps=2)
+    images = generate_images(policy, PROMPTS, noise, num_inference_steps=2)
     assert policy.pipe.text_encoder is None
-    assert np.array_equal(images, generate_images(load_policy(ModelConfig(str(tiny_folder))), PROMPTS, noise, steps=2))
+    assert np.array_equal(
+        images, generate_images(load_policy(ModelConfig(str(tiny_folder))), PROMPTS, noise, num_inference_steps=2)
+    )
