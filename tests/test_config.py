@@ -237,7 +237,7 @@ def numbers():
     "{option: its type, int and float for plain ones} of all numbers in a Config, whichever plugs are chosen."
     found = dict(option_types(Config, as_data(Config())))
     for option in PLUGS:
-        for kind in plug_classes(option).values():
+        for kind in (kind for kind in plug_classes(option).values() if kind.__module__.startswith("vgpo.")):
             found |= {f"{option}.{kind.__name__}.{f.name}": f.type for f in fields(kind) if f.init}
     result = {}
     for option, kind in found.items():

@@ -14,6 +14,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
+<<<<<<< HEAD
 PARTS = (
     "method",
     "credit",
@@ -25,6 +26,9 @@ PARTS = (
     "runs",
     "practice",
 )  # in their order
+=======
+PARTS = ("method", "credit", "world", "training", "rewards", "evaluation", "models", "runs", "practice")  # in their order
+>>>>>>> runtests
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"), key=lambda path: path.name)
 IDS = [path.stem for path in NOTEBOOKS]
 METHOD_LINES, LINES, TRAINER_LINES = (

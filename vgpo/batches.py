@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import math
 from typing import Literal
 
+from fastcore.basics import patch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
 
 from .plugs import AtLeastOne, AtLeastTwo, BelowOne, check_fields
@@ -35,13 +36,15 @@ class Batches:
         full, rest = divmod(self.share, self.micro_batch_size)
         return [self.micro_batch_size] * full + [rest] * (rest > 0)
 
-    def __str__(self):
-        micro_batches = " and ".join(f"{self.sizes.count(size)} of {size}" for size in dict.fromkeys(self.sizes))
-        each, minibatch = self.images // self.processes, self.images // self.num_minibatches
-        return (f"{self.images} images per epoch, {each} in each of {self.processes} "
-                f"process{'es' * (self.processes > 1)}; {self.num_minibatches} "
-                f"minibatch{'es' * (self.num_minibatches > 1)} of {minibatch}, {self.share} per process, "
-                f"in micro-batches: {micro_batches}")
+# %% ../nbs/training/38_batches.ipynb #c005s1
+@patch
+def __str__(self: Batches) -> str:
+    micro_batches = " and ".join(f"{self.sizes.count(size)} of {size}" for size in dict.fromkeys(self.sizes))
+    each, minibatch = self.images // self.processes, self.images // self.num_minibatches
+    return (f"{self.images} images per epoch, {each} in each of {self.processes} "
+            f"process{'es' * (self.processes > 1)}; {self.num_minibatches} "
+            f"minibatch{'es' * (self.num_minibatches > 1)} of {minibatch}, {self.share} per process, "
+            f"in micro-batches: {micro_batches}")
 
 # %% ../nbs/training/38_batches.ipynb #c009
 def neighbours(value: int, fits: Callable[[int], bool]) -> str:
@@ -117,7 +120,9 @@ class OptimConfig:
     harmless = frozenset({"max_nonfinite_updates"})
     def __post_init__(self): check_fields(self)
 
-    def lr_factor(self, update: int, total: int) -> float:
-        "The share of the peak rate at update number `update` out of `total`: a linear warm-up, then constant or a cosine."
-        rise = min(1.0, (update + 1) / self.lr_warmup_steps) if self.lr_warmup_steps else 1.0
-        return rise * (0.5 * (1 + math.cos(math.pi * update / total)) if self.lr_scheduler == "cosine" else 1.0)
+# %% ../nbs/training/38_batches.ipynb #c016s1
+@patch
+def lr_factor(self: OptimConfig, update: int, total: int) -> float:
+    "The share of the peak rate at update number `update` out of `total`: a linear warm-up, then constant or a cosine."
+    rise = min(1.0, (update + 1) / self.lr_warmup_steps) if self.lr_warmup_steps else 1.0
+    return rise * (0.5 * (1 + math.cos(math.pi * update / total)) if self.lr_scheduler == "cosine" else 1.0)

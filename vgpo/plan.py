@@ -97,7 +97,7 @@ def guided(section) -> bool:
     "Whether a rollout, or an objective that has guidance at all, makes a second pass of the network for guidance."
     return getattr(section, "guidance_scale", 1.0) > 1
 
-
+# %% ../nbs/practice/85_plan.ipynb #c010s1
 def working_bytes(config: Config, policy: Policy, costs: Costs) -> dict[str, int]:
     """{phase: bytes} alive at once, at most, beyond what stays: in a pass of a network and around it.
 

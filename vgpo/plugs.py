@@ -31,7 +31,7 @@ def misfit(value: Any, kind: Any) -> str | None:
     try: kind(value)
     except (ValueError, TypeError): return f"must be a number v with {kind._expression}"
 
-
+# %% ../nbs/method/07_plugs.ipynb #c004s1
 def check_fields(plug: Any):
     """Raise ValueError, naming class and field, for the first field of a dataclass whose value its type does not allow.
 

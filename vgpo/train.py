@@ -68,7 +68,7 @@ def resume(argv: list[str]) -> Session:
             save_config(config, folder / "config.yaml")
     return session
 
-
+# %% ../nbs/runs/76_train.ipynb #c007s1
 def resumed_config(argv: list[str]):
     "The folder of a run to resume, its Config with the options that follow, and that of its config.yaml."
     if argv[:1] != ["--resume"] or len(argv) < 2 or any(word.split("=")[0] == "--recipe" for word in argv):
@@ -100,7 +100,7 @@ def signal_handlers(handler):
     finally:
         for number, earlier in previous.items(): signal.signal(number, earlier)
 
-
+# %% ../nbs/runs/76_train.ipynb #c012s1
 def write_line(line: str):
     "Write a line to the terminal, if there still is one; signal handlers may."
     with suppress(OSError): os.write(2, f"{line}\n".encode())
@@ -157,7 +157,7 @@ def see_through(session: Session):
         sys.exit(f"error: {e}; make room, then {resume.format(session.saved or 0)}")
     if session.main: tqdm.write(f"held-out {session.before.describe()} -> {after.describe()}; report in {session.folder / 'report.md'}")
 
-
+# %% ../nbs/runs/76_train.ipynb #c018s1
 def run_program(argv: list[str]):
     "Start a run, new or resumed, and see it through."
     try:

@@ -146,7 +146,7 @@ def __call__(self: VLMJudge, images: np.ndarray, prompts: list[str], metadata: l
     raw = torch.tensor(raw, dtype=torch.float32)
     return Scores(raw, self.rescale(raw), details=list(details))
 
-
+# %% ../../nbs/rewards/51_judges.ipynb #n902s1
 @patch
 def ask(self: VLMJudge, image: np.ndarray, prompt: str) -> tuple[float, dict]:
     "(raw score, details) of one image; RewardError, with the answer's beginning, where the answer holds no score."

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..distributed import Stop
@@ -128,23 +129,25 @@ class Log(Callback):
         main = trainer.accelerator.is_main_process
         self.bar = tqdm(total=trainer.epochs, initial=trainer.epoch, desc="epochs", disable=not main)
 
-    def after_epoch(self, trainer):
-        trainer.metrics |= image_metrics(trainer)
-        self.rows.append(metrics := dict(trainer.metrics))
-        if trainer.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint may follow, and must not outlive its epochs' lines
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-        trainer.accelerator.log(numbers, step=metrics["epoch"])
-        if not self.bar: return  # a single epoch, outside of `fit`
-        self.bar.update()
-        self.bar.set_postfix({key: f"{metrics[key]:.3g}" for key in self.shown if metrics.get(key) is not None})
-
     def close(self):
         "Leave the progress bar as it is."
         if self.bar: self.bar.close()
+
+# %% ../../nbs/runs/73_callbacks.ipynb #c019s1
+@patch
+def after_epoch(self: Log, trainer):
+    trainer.metrics |= image_metrics(trainer)
+    self.rows.append(metrics := dict(trainer.metrics))
+    if trainer.accelerator.is_main_process:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint may follow, and must not outlive its epochs' lines
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+    trainer.accelerator.log(numbers, step=metrics["epoch"])
+    if not self.bar: return  # a single epoch, outside of `fit`
+    self.bar.update()
+    self.bar.set_postfix({key: f"{metrics[key]:.3g}" for key in self.shown if metrics.get(key) is not None})
 
 # %% ../../nbs/runs/73_callbacks.ipynb #c022
 class SaveImages(Callback):

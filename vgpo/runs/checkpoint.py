@@ -25,13 +25,13 @@ def files_in(folder: Path) -> list[Path]:
     "The files below a folder, sorted."
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
-# %% ../../nbs/runs/70_checkpoint.ipynb #c010
+
 def checkpoints(folder: Path) -> list[Path]:
     "The checkpoints in a folder, the newest first."
     return sorted((p for p in Path(folder).glob("epoch-*") if re.fullmatch(r"epoch-\d{5,}", p.name)),
                   key=lambda p: int(p.name[6:]), reverse=True)
 
-
+# %% ../../nbs/runs/70_checkpoint.ipynb #c010
 def save_checkpoint(folder: Path, tensors: dict, state: dict, keep: int = 2, also=None) -> Path:
     """Save named tensors and a JSON-able dict as `folder/epoch-NNNNN`, its number `state["epoch"]`; returns its path.
 
@@ -81,7 +81,7 @@ def defect(path: Path) -> str | None:
         if not same: return f"{name} is not what was written"
     return None
 
-
+# %% ../../nbs/runs/70_checkpoint.ipynb #c014s1
 def newest_valid(folder: Path) -> Path | None:
     """The path of the newest whole checkpoint in a folder, None if there is none at all; newer ones are set aside.
 

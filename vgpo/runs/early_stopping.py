@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from statistics import fmean
 
+from fastcore.basics import patch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
 from ..distributed import broadcast
@@ -96,7 +97,7 @@ def reason_to_stop(rows: list[dict], target_kl: float = 0.0, patience: int = 0) 
     "Why a run should end whose metrics so far are `rows`, dicts as in metrics.jsonl: a sentence, or None to go on."
     return kl_reason(rows, target_kl) or patience_reason(rows, patience)
 
-
+# %% ../../nbs/runs/72_early_stopping.ipynb #c042s1
 @dataclass
 class EarlyStopping(Callback):
     "When a run ends early, and what its report warns of."
@@ -120,7 +121,9 @@ class EarlyStopping(Callback):
     def before_fit(self, trainer): self.look(trainer)
     def after_epoch(self, trainer): self.look(trainer)
 
-    def warnings(self, rows: list[dict]) -> list[str]:
-        "What a report has to warn of, as sentences with their evidence."
-        second = validation_warning(rows, self.validation_drop) if self.validation_reward else None  # not if it was dropped
-        return [text for text in (second, spread_warning(rows), decline_warning(rows)) if text]
+# %% ../../nbs/runs/72_early_stopping.ipynb #c042s2
+@patch
+def warnings(self: EarlyStopping, rows: list[dict]) -> list[str]:
+    "What a report has to warn of, as sentences with their evidence."
+    second = validation_warning(rows, self.validation_drop) if self.validation_reward else None  # not if it was dropped
+    return [text for text in (second, spread_warning(rows), decline_warning(rows)) if text]

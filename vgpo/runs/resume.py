@@ -33,7 +33,7 @@ def leaves(tree: dict, prefix: str = "") -> dict:
         else: result[prefix + key] = list(value) if isinstance(value, tuple) else value
     return result
 
-
+# %% ../../nbs/runs/71_resume.ipynb #c006s1
 def recipe_changes(old: dict, new: dict) -> dict[str, tuple]:
     "{option: (old value, new value)} of two recipes as nested dicts; an option that one of them lacks counts as None."
     old, new = leaves(old), leaves(new)
@@ -64,7 +64,7 @@ def harmless_options(section, data: dict, prefix: str = "") -> set[str]:
         else: names |= harmless_options(types.get(key), value, f"{prefix}{key}.")
     return names
 
-
+# %% ../../nbs/runs/71_resume.ipynb #c008s1
 def check_changes(changes: dict[str, tuple], config):
     "Raise ValueError, one line, if some of the `recipe_changes` to what is now this Config would make it another run."
     allowed = harmless_options(type(config), config.recipe()) | ({"epochs"} if config.optim.lr_scheduler == "constant" else set())

@@ -26,7 +26,7 @@ from ..plots import evenly_spaced
 from ..report import write_report
 from ..rewards.base import Reward, RewardError, make_reward
 from .callbacks import Clock, Every, Log, RatioCheck, SaveImages, SkipNonFinite, StopWhenAsked
-from .checkpoint import load_trainer, newest_valid, read_checkpoint, replace_folder, save_checkpoint, trainer_state
+from .checkpoint import load_trainer, read_checkpoint, replace_folder, save_checkpoint, trainer_state
 from .resume import change_lines, check_prompts, prompts_digest, recipe_changes
 from ..trainer import Trainer
 
@@ -79,15 +79,11 @@ class Session:
             check_rows(self.test, self.rewards["validation"])
         self.clock, self.log, self.stop, self.stopping = Clock(), Log(folder), StopWhenAsked(), config.early_stopping
         first = [self.clock, RatioCheck(), SkipNonFinite(config.optim.max_nonfinite_updates), self.stop,
-                 Every(config.evaluation.eval_every, before=self.held_out)]
+                 Every(config.evaluation.eval_every, before=lambda: self.held_out())]
         self.trainer = build_trainer(config, accelerator, reward, rows, self.test, first)
         self.stopping.attach(self.log.rows, config.objective)
         self.trainer.callbacks += [self.log, SaveImages(self.folder / "samples", config.log_images_every), self.stopping,
-                                   Every(config.save_every, after=self.save)]
-
-    def weights_folder(self, folder: Path) -> Path:
-        "Where weights are kept in a folder: `lora`, or `transformer` if all weights are trained."
-        return Path(folder) / ("lora" if self.config.model.lora_rank else "transformer")
+                                   Every(config.save_every, after=lambda: self.save())]
 
 # %% ../../nbs/runs/75_session.ipynb #c010
 @patch
@@ -98,7 +94,7 @@ def evaluate(self: Session) -> Evaluation:
                     batch_size=c.rollout.micro_batch_size, timeout=c.rollout.reward_timeout,
                     proceed=lambda: self.stop.check(self.trainer))
 
-
+# %% ../../nbs/runs/75_session.ipynb #c010s1
 @patch
 def evaluate_before(self: Session) -> Evaluation:
     "The Evaluation of the model before training; made once and kept in `before/`, unless what is evaluated has changed."
@@ -148,6 +144,12 @@ def keep_best(self: Session, evaluation: Evaluation):
             replace_folder(fresh, fresh.with_name(f"epoch-{epoch:05d}"))
 
 # %% ../../nbs/runs/75_session.ipynb #c013
+@patch
+def weights_folder(self: Session, folder: Path) -> Path:
+    "Where weights are kept in a folder: `lora`, or `transformer` if all weights are trained."
+    return Path(folder) / ("lora" if self.config.model.lora_rank else "transformer")
+
+
 @patch
 def save_weights(self: Session, folder: Path):
     "Write the averaged weights into a folder, for plain diffusers; all processes must call this."
@@ -204,7 +206,7 @@ def run(self: Session):
         if self.main: self.report(after)
     return after
 
-
+# %% ../../nbs/runs/75_session.ipynb #c019s1
 @patch
 def report(self: Session, after: Evaluation):
     "Write the report of a run that has ended with this Evaluation."

@@ -59,7 +59,7 @@ def font(name, size):
     "A font that ships with matplotlib."
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
 
-
+# %% ../../nbs/world/23_words.ipynb #c019s1
 def render_word(row, rng, scale=4):
     """Paint a sign row as a (32, 32, 3) uint8 image: letters on a panel of the named colour, one every 8 pixels.
 
