@@ -1,6 +1,6 @@
-"""The house stands as its notebooks are numbered: no circle, no import upwards or forwards, one meaning per name, and sizes.
+"""The house stands as its notebooks are numbered: no circle, no import forwards, one meaning per name, and sizes.
 
-A module's floor is the number of the notebook that defines it (its `#| default_exp`), which is read and not written down here.
+A module's floor is the number of the notebook that defines it (its `#| default_exp`), read and not written down here.
 """
 
 import ast
@@ -14,32 +14,12 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-<<<<<<< HEAD
-PARTS = (
-    "method",
-    "credit",
-    "world",
-    "training",
-    "rewards",
-    "evaluation",
-    "models",
-    "runs",
-    "practice",
-)  # in their order
-=======
-PARTS = ("method", "credit", "world", "training", "rewards", "evaluation", "models", "runs", "practice")  # in their order
->>>>>>> runtests
+PARTS = "method credit world training rewards evaluation models runs practice".split()  # in their order
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"), key=lambda path: path.name)
 IDS = [path.stem for path in NOTEBOOKS]
-METHOD_LINES, LINES, TRAINER_LINES = (
-    150,
-    300,
-    250,
-)  # of code in a module: neither docstrings nor empty lines nor comments
-CELL_LINES, IN_A_ROW = (
-    25,
-    3,
-)  # of code in an exported cell; exported cells without a check, a picture or a number between them
+METHOD_LINES, LINES, TRAINER_LINES = 150, 300, 250  # of code in a module, without docstrings, comments, empty lines
+CELL_LINES = 25  # of code in an exported cell
+IN_A_ROW = 3  # exported cells without a check, a picture or a number between them
 
 
 def number(path):
