@@ -35,7 +35,8 @@ SMALL = [  # the recipe tiny-geneval, but smaller; four processes cannot take it
 BRIGHT, FAST = ["--reward=tiny_rewards:brightness"], ["--optim.lr=3e-3"]
 EIGHT = ["--rollout.group_size=4", "--optim.num_minibatches=1"]  # images per update
 WHOLE = ["--model.lora_rank=0", "--optim.lr=1e-4"]
-CUTS = {  # label: (what is unlike SMALL, processes, how it is cut); compared with one process in micro-batches of one image
+# label: (what is unlike SMALL, processes, how it is cut); compared with one process in micro-batches of one image
+CUTS = {
     "2 processes": ([], 2, []),
     "4 processes": ([], 4, []),
     "micro-batches of 4 images": ([], 1, ["--rollout.micro_batch_size=4"]),
@@ -84,8 +85,9 @@ def recorded(folder):
         save(
             f"epoch-{trainer.epoch}", trainer.accelerator, key=keys, noise=np.stack(noise),
             start=column(lambda b: b.path.latents[:, 0]), prompt=column(lambda b: [row["prompt"] for row in b.rows]),
-            group=column(lambda b: b.path.group), images=column(lambda b: b.images), rewards=column(lambda b: b.rewards),
-            advantages=column(lambda b: b.advantages), weights=vector(trainer_state(trainer)[0]),
+            group=column(lambda b: b.path.group), images=column(lambda b: b.images),
+            rewards=column(lambda b: b.rewards), advantages=column(lambda b: b.advantages),
+            weights=vector(trainer_state(trainer)[0]),
         )  # fmt: skip
         keys.clear(), noise.clear()
         return result

@@ -33,7 +33,9 @@ RUNS = {  # name: options
     "ocr-grpo": OCR | {"credit": "GRPO"},
     "cps": GENEVAL | {
         "sampler": "FlowCPS", "window.size": 5, "objective.beta": 0.1, "objective.kl_type": "velocity"},
-    "window": GENEVAL | {"sampler": "DanceSDE", "sampler.noise_level": 0.7, "window": "Random", "window.size": 3, "window.per": "group"},
+    "window": GENEVAL | {
+        "sampler": "DanceSDE", "sampler.noise_level": 0.7, "window": "Random",
+        "window.size": 3, "window.per": "group"},
     "guard": GENEVAL | {
         "objective": "GRPOGuard", "objective.clip_range": 1e-3, "objective.beta": 0.1, "rollout.guidance_scale": 2,
         "objective.guidance_scale": 2},
@@ -51,7 +53,8 @@ OLD = {
     "evaluation.num_inference_steps": "evaluation.steps", "evaluation.eval_every": "evaluation.every",
     "rollout.group_size": "sampling.group_size", "rollout.micro_batch_size": "sampling.batch_size",
     "rollout.prompts_per_epoch": "sampling.groups", "rollout.guidance_scale": "sampling.guidance_scale",
-    "optim.num_minibatches": "optim.updates", "optim.lr_warmup_steps": "optim.warmup", "window.size": "sampling.sde_steps",
+    "optim.num_minibatches": "optim.updates", "optim.lr_warmup_steps": "optim.warmup",
+    "window.size": "sampling.sde_steps",
     "window.per": "sampling.window_per", "sampler.noise_level": "sampling.noise_level",
     "objective.clip_range": "optim.clip_range", "objective.beta": "optim.kl_weight", "objective.kl_type": "optim.kl",
     "objective.guidance_scale": "optim.guidance_scale", "objective.target_kl": "guard.kl_budget",
@@ -83,7 +86,8 @@ def train(checkout, argv, processes=1):
     "Run the training program of a checkout to its end."
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     launch = [] if processes == 1 else [
-        "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml", "--num_processes", str(processes)]  # fmt: skip
+        "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml",
+        "--num_processes", str(processes)]  # fmt: skip
     done = subprocess.run([sys.executable, *launch, "-m", "vgpo.train", *argv], cwd=checkout, env=environment,
                           capture_output=True, text=True)  # fmt: skip
     if done.returncode:
@@ -117,7 +121,9 @@ def main(commit, part=""):
     ways = [way for way in ways + [(name, 1, True) for name in PAIRS] if part in way[0]]
     with TemporaryDirectory() as folder:
         other = Path(folder) / "other"
-        subprocess.run(["git", "worktree", "add", "--detach", str(other), commit], cwd=HERE, check=True, capture_output=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", str(other), commit], cwd=HERE, check=True, capture_output=True
+        )
         try:
             results = []
             for name, processes, resumed in ways:

@@ -80,7 +80,9 @@ def aimed(run, rng):
     moment = rng.choice([key for key in AIMED if left[key]])
     what = rng.choice(AIMED[moment][-1])
     fault = (moment, rng.randint(1, left[moment]), what)
-    faulty = 0 if moment in ("save", "report", "config", "before") else rng.randrange(run.processes)  # only the first one writes
+    faulty = (
+        0 if moment in ("save", "report", "config", "before") else rng.randrange(run.processes)
+    )  # only the first one writes
     name = f"{what} in {moment}" if what.startswith("SIG") else what
     return name, exit_codes(run, run.launched(arguments(run), fault, faulty=faulty))
 

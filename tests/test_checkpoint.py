@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import vgpo.runs.checkpoint
-from vgpo.runs.checkpoint import checkpoints, newest_valid, read_checkpoint, replace_folder, save_checkpoint
 from vgpo.files import atomic_write
+from vgpo.runs.checkpoint import checkpoints, newest_valid, read_checkpoint, replace_folder, save_checkpoint
 
 
 class Killed(BaseException):

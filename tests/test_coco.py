@@ -25,8 +25,8 @@ from vgpo.rewards.coco import (
     COCO_CLASSES,
     COLOR_WORDS,
     CocoDetector,
-    GenEval,
     ColorClassifier,
+    GenEval,
     check_names,
     cut_out,
     find_instances,
@@ -461,7 +461,10 @@ def test_incomplete_weights_are_refused(folders, tmp_path):
     state = load_file(lame / "model.safetensors")
     del state["class_predictor.weight"]
     save_file(state, lame / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lame' are not those of a whole Mask2FormerForUniversalSegmentation: class_predictor.weight and 0 mo"):
+    with pytest.raises(
+        ValueError,
+        match="lame' are not those of a whole Mask2FormerForUniversalSegmentation: class_predictor.weight and 0 mo",
+    ):
         load_mask2former(str(lame))
     state = load_file(folders["weights"] + "/model.safetensors")
     assert "criterion.empty_weight" in state  # a buffer of the training loss, which nobody needs here

@@ -101,12 +101,20 @@ def test_hacking_needs_both_halves(reward, second, warns):
 def test_hacking_is_told_with_its_numbers_and_since_when():
     rows = [measured(0, 0.5, -0.25), measured(5, 0, 0), measured(10, 0.5, -0.5), {"epoch": 11}, measured(15, 0.75, -1)]
     (text,) = warnings([*rows, measured(20, NAN, -1)], validation_reward="JPEG")
-    for part in ("+0.750 ± 0.125", "validation reward by -1.000 ± 0.062", "at epoch 15", "3 standard errors", "from epoch 10 on"):
+    for part in (
+        "+0.750 ± 0.125",
+        "validation reward by -1.000 ± 0.062",
+        "at epoch 15",
+        "3 standard errors",
+        "from epoch 10 on",
+    ):
         assert part in text
     assert warnings([*rows, measured(20, 0.75, 0)], validation_reward="JPEG") == []  # it came back
     assert warnings(rows) == []  # there is no second reward any more
     assert warnings(rows, validation_reward="JPEG", validation_drop=16) == []
-    assert len(warnings([measured(0, 0.5, -0.001, (0.0, 0.0))], validation_reward="JPEG")) == 1  # all images fell by as much
+    assert (
+        len(warnings([measured(0, 0.5, -0.001, (0.0, 0.0))], validation_reward="JPEG")) == 1
+    )  # all images fell by as much
 
 
 @pytest.mark.parametrize("values, warns", [
@@ -128,7 +136,11 @@ def test_a_run_ends_in_the_same_epoch_wherever_it_was_interrupted():
     draw, ends = np.random.default_rng(0), set()
     limits = {"patience": 2, "target_kl": 0.95}
     for _ in range(50):
-        rows = evaluations(draw.normal(size=30).cumsum() / 10) if draw.random() < 0.5 else [{"epoch": i} for i in range(30)]
+        rows = (
+            evaluations(draw.normal(size=30).cumsum() / 10)
+            if draw.random() < 0.5
+            else [{"epoch": i} for i in range(30)]
+        )
         rows = [row | {"kl": float(draw.random())} for row in rows]
 
         def end(interrupted):
@@ -152,7 +164,6 @@ def test_a_report_says_where_the_best_weights_are_if_it_has_not_ended_there(scor
     assert warnings(evaluations([0.75, 0.5]))[0].endswith("0.750 before training")
 
 
-
 def evaluation(first, second, rows):
     "An Evaluation of 40 images whose rewards are these."
     scores = {"reward": Scores(first, first, first > 0.5), "validation": Scores(second, second)}
@@ -167,8 +178,9 @@ def test_metrics_of_an_evaluation_carry_the_paired_error_and_are_what_a_warning_
     metrics = after.metrics(before)
     difference = (last - first).double()
     halves = [difference[i::2] for i in (0, 1)]
-    assert metrics.keys() == {"eval/reward", "eval/accuracy", "eval/reward_change", "eval/reward_stderr", "eval/validation_reward",
-                              "eval/validation_reward_change", "eval/validation_reward_stderr"}  # fmt: skip
+    assert metrics.keys() == {"eval/reward", "eval/accuracy", "eval/reward_change", "eval/reward_stderr",
+                              "eval/validation_reward", "eval/validation_reward_change",
+                              "eval/validation_reward_stderr"}  # fmt: skip
     assert metrics["eval/reward_change"] == pytest.approx(difference.mean().item())
     assert metrics["eval/reward_stderr"] == pytest.approx((sum(h.var() / 20 for h in halves) ** 0.5 / 2).item())
     assert metrics["eval/accuracy"] == pytest.approx((last > 0.5).float().mean().item())
@@ -179,7 +191,10 @@ def test_metrics_of_an_evaluation_carry_the_paired_error_and_are_what_a_warning_
 
 def test_it_looks_before_training_and_after_every_epoch():
     "So a resumed run that has come to its limit does not train another epoch."
-    trainer, rows = SimpleNamespace(stopped=None, accelerator=SimpleNamespace(is_main_process=True, num_processes=1)), []
+    trainer, rows = (
+        SimpleNamespace(stopped=None, accelerator=SimpleNamespace(is_main_process=True, num_processes=1)),
+        [],
+    )
     stopping = EarlyStopping(patience=2)
     stopping.attach(rows, ClippedSurrogate(target_kl=0.5))
     stopping.before_fit(trainer)

@@ -246,7 +246,9 @@ def test_the_reward_fails(run, unbroken, what, message):
 def test_the_loss_is_not_finite(run, unbroken):
     code, said = run.start(("loss", 13, "nan_loss"), ("loss", 15, "nan_loss"))
     error, again = said.splitlines()[-2:]
-    assert code == 1 and error.startswith("error: 2 updates in a row had a non-finite loss or gradient; lower optim.lr, ")
+    assert code == 1 and error.startswith(
+        "error: 2 updates in a row had a non-finite loss or gradient; lower optim.lr, "
+    )
     assert "or raise objective.clip_range, and start again, or resume from the last checkpoint" in error
     assert run.saved() == [2] and again == run.again(2)
     goes_on(run, unbroken)

@@ -187,9 +187,19 @@ def test_partial_credit_is_ordered():
 def test_official_looks_at_the_most_confident_and_lets_spare_objects_pass():
     red = row(thing("cup", color="red"), tag="colors")
     two = [at("cup", color="red", score=0.9), at("cup", color="blue", score=0.8)]
-    assert evaluate_row(two, red)["correct"] and not evaluate_row([at("cup", color="blue", score=0.95), *two], red)["correct"]
+    assert (
+        evaluate_row(two, red)["correct"]
+        and not evaluate_row([at("cup", color="blue", score=0.95), *two], red)["correct"]
+    )
     three = row(thing("cup", 3), tag="counting", exclude=[thing("cup", 4)])
-    assert [evaluate_row([at("cup")] * m, three)["correct"] for m in range(6)] == [False, False, False, True, False, False]
+    assert [evaluate_row([at("cup")] * m, three)["correct"] for m in range(6)] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     # a target in the wrong colour is no target
     r = row(thing("bear", color="red"), thing("dog", position=["left of", 0]), tag="position")
     reasons = evaluate_row([at("bear", 16, color="blue"), at("dog", 2)], r)["reasons"]

@@ -273,9 +273,7 @@ def test_scores_from_pictures_and_words_up(state, options, size):
 def test_dropout_is_off_and_half_precision_is_close(options):
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     reward = ImageReward(**options)
-    assert not reward.network.training and torch.equal(
-        reward.raw(images, PROMPTS[:2]), reward.raw(images, PROMPTS[:2])
-    )
+    assert not reward.network.training and torch.equal(reward.raw(images, PROMPTS[:2]), reward.raw(images, PROMPTS[:2]))
     half = ImageReward(**options, dtype="bfloat16")
     assert half.network.vision.dtype == half.network.text.dtype == torch.bfloat16
     assert half.network.head[0].weight.dtype == torch.float32

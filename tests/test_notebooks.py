@@ -33,7 +33,9 @@ def test_executes(folder, monkeypatch, name):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = nbformat.read(folder / name, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not skipped(cell)]
-    NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": (folder / name).parent}}).execute()
+    NotebookClient(
+        notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": (folder / name).parent}}
+    ).execute()
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -60,8 +60,10 @@ def test_the_gaussians_of_the_steps_agree(example, pipe, generator, j):
 @pytest.mark.parametrize("rewards", ["random", "a group that agrees", "a path without rewards"])
 def test_values_and_advantages_agree(example, generator, rewards):
     table = torch.rand(16 * 8, 10, generator=generator, dtype=torch.float64)
-    if rewards == "a group that agrees": table[3::16] = 0.7  # all images of prompt 3
-    if rewards == "a path without rewards": table[5] = 0.0
+    if rewards == "a group that agrees":
+        table[3::16] = 0.7  # all images of prompt 3
+    if rewards == "a path without rewards":
+        table[5] = 0.0
     values = example.cumulative_values(table)
     assert_close(values, discounted_values(table, gamma=0.9), rtol=1e-12, atol=1e-12)
     theirs = value_anchored(values, torch.arange(16).repeat(8), anchor=0.05, anchor_steps=5).clamp(-5, 5)
@@ -90,11 +92,13 @@ def test_a_rollout_is_made_of_the_librarys_steps(example, pipe, generator):
         x, sigma = states[:, j], sigmas[j]
         with torch.no_grad():
             v = pipe.transformer(x, text, pooled, (1000 * sigma).expand(2), return_dict=False)[0]
-        if j > 0: assert_close(clean[:, j - 1], predict_clean(x, v, sigma), rtol=1e-6, atol=1e-6)
+        if j > 0:
+            assert_close(clean[:, j - 1], predict_clean(x, v, sigma), rtol=1e-6, atol=1e-6)
         if j < 9:
             step = FlowSDE(0.7).transition(x, v, sigma, sigmas[j + 1], sigmas[1])
             assert_close(log_probs[:, j], step.log_prob(states[:, j + 1]), rtol=1e-6, atol=1e-6)
-        else: assert_close(states[:, 10], x + (sigmas[10] - sigma) * v, rtol=1e-6, atol=1e-6)
+        else:
+            assert_close(states[:, 10], x + (sigmas[10] - sigma) * v, rtol=1e-6, atol=1e-6)
 
 
 def test_a_step_counts_the_reward_of_the_next_scored_one(example, pipe, generator):
@@ -139,7 +143,8 @@ def test_the_standard_error_is_that_of_a_mean_over_tasks(example):
 @pytest.mark.parametrize("ema_decay", [0.0, 1.0])
 def test_the_program_trains_and_evaluates_the_average(example, monkeypatch, tmp_path, capsys, ema_decay):
     small = {"PROMPTS": 3, "GROUP": 4, "UPDATES": 2, "EVALUATION_STEPS": 4, "EMA_DECAY": ema_decay}
-    for name, value in small.items(): monkeypatch.setattr(example, name, value)
+    for name, value in small.items():
+        monkeypatch.setattr(example, name, value)
     file = tmp_path / "grid.png"
     before, after = example.main(["--epochs", "1", "--images", "12", "--seed", "3", "--out", str(file)])
     lines = capsys.readouterr().out.splitlines()
@@ -153,5 +158,6 @@ def test_the_program_trains_and_evaluates_the_average(example, monkeypatch, tmp_
 
 @pytest.mark.parametrize("images", ["13", "6"])
 def test_a_number_of_images_that_does_not_fit_the_tasks_is_refused(example, capsys, images):
-    with pytest.raises(SystemExit): example.main(["--images", images])
+    with pytest.raises(SystemExit):
+        example.main(["--images", images])
     assert "--images must be a multiple of 6 and at least 12" in capsys.readouterr().err

@@ -18,7 +18,12 @@ PLUGS = {  # option: (class, an option of its own, another value, what its help 
 }
 SMALL = [
     *("--rollout.prompts_per_epoch=2", "--rollout.group_size=2", "--rollout.num_inference_steps=3", "--window.size=2"),
-    *("--evaluation.num_samples=2", "--evaluation.num_inference_steps=1", "--optim.num_minibatches=1", "--save_every=1"),
+    *(
+        "--evaluation.num_samples=2",
+        "--evaluation.num_inference_steps=1",
+        "--optim.num_minibatches=1",
+        "--save_every=1",
+    ),
 ]
 
 
@@ -74,8 +79,18 @@ def test_all_of_them_train_by_a_recipe_and_resume(tiny_folder, tmp_path):
     }
     note = {"class_path": "own_plugs.note.Note", "init_args": {"file": str(tmp_path / "note.txt")}}
     recipe = tmp_path / "own.yaml"
-    recipe.write_text(yaml.safe_dump({"base": "tiny-geneval", "name": "own", "epochs": 1, "callbacks": [note], **plugs}))
-    main([f"--recipe={recipe}", f"--model.path={tiny_folder}", f"--output_dir={tmp_path}", *SMALL, "--optim.lr_scheduler=constant"])
+    recipe.write_text(
+        yaml.safe_dump({"base": "tiny-geneval", "name": "own", "epochs": 1, "callbacks": [note], **plugs})
+    )
+    main(
+        [
+            f"--recipe={recipe}",
+            f"--model.path={tiny_folder}",
+            f"--output_dir={tmp_path}",
+            *SMALL,
+            "--optim.lr_scheduler=constant",
+        ]
+    )
     main(["--resume", str(tmp_path / "own"), "--epochs=2"])
     rows = [json.loads(line) for line in (tmp_path / "own" / "metrics.jsonl").read_text().splitlines()]
     assert [row["noted"] for row in rows] == [1, 2]  # what the callback adds is logged, and its count survives

@@ -506,7 +506,9 @@ def test_freed_text_encoders(tiny_folder, noise, tmp_path, cached):
 
 
 def test_the_prompts_that_a_run_needs():
-    config = parse_config(["--epochs", "3", "--rollout.prompts_per_epoch", "2", "--seed", "5", "--optim.num_minibatches", "1"])
+    config = parse_config(
+        ["--epochs", "3", "--rollout.prompts_per_epoch", "2", "--seed", "5", "--optim.num_minibatches", "1"]
+    )
     rows, test = [{"prompt": f"p{i}"} for i in range(50)], [{"prompt": "held out"}, {"prompt": "p1"}]
     from vgpo.noise import epoch_prompts
 

@@ -17,8 +17,8 @@ from equivalence import EIGHT, FAR, SMALL, WHOLE, differences, epochs, final_wei
 
 from vgpo.advantages import group_relative, group_stats, value_anchored
 from vgpo.prompts.files import load_prompts
-from vgpo.runs.checkpoint import checkpoints, read_checkpoint
 from vgpo.runs.callbacks import StopWhenAsked
+from vgpo.runs.checkpoint import checkpoints, read_checkpoint
 from vgpo.train import main, stoppable
 
 

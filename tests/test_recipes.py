@@ -62,7 +62,16 @@ def test_every_recipe_is_a_config_with_its_own_name_and_a_known_reward(name):
 @pytest.mark.parametrize("name", FULL)
 def test_every_value_of_a_full_scale_recipe_says_where_it_comes_from(name):
     given = (RECIPES / f"{name}.yaml").read_text()
-    free = ("base:", "name:", "log_images_every:", "save_every:", "test:", "init_args:", "class_path: VGPO", "class_path: GRPO")
+    free = (
+        "base:",
+        "name:",
+        "log_images_every:",
+        "save_every:",
+        "test:",
+        "init_args:",
+        "class_path: VGPO",
+        "class_path: GRPO",
+    )
     free += ("class_path: Leading", "class_path: FlowSDE", "class_path: ClippedSurrogate")
     lines = [line.strip() for line in given.splitlines() if line.strip() and not line.startswith("#")]
     silent = [line for line in lines if not line.endswith(":") and not line.startswith(free)]
@@ -76,7 +85,13 @@ FLOW_GRPO = {
     **{"model.resolution": 512, "model.max_sequence_length": 128, "model.lora_rank": 32, "model.lora_alpha": 64},
     **{"rollout.num_inference_steps": 10, "rollout.guidance_scale": 4.5, "rollout.prompts_per_epoch": 48},
     **{"rollout.group_size": 24, "rollout.micro_batch_size": 9, "sampler": "FlowSDE", "sampler.noise_level": 0.7},
-    **{"window": "Leading", "window.size": 9, "optim.lr": 3e-4, "optim.betas": [0.9, 0.999], "optim.weight_decay": 1e-4},
+    **{
+        "window": "Leading",
+        "window.size": 9,
+        "optim.lr": 3e-4,
+        "optim.betas": [0.9, 0.999],
+        "optim.weight_decay": 1e-4,
+    },
     **{"optim.lr_scheduler": "constant", "optim.num_minibatches": 2, "optim.max_grad_norm": 1.0},
     **{"objective": "ClippedSurrogate", "objective.guidance_scale": 4.5, "objective.clip_range": 1e-4},
     **{"credit.advantage_clip": 5.0, "evaluation.num_inference_steps": 40, "evaluation.guidance_scale": 4.5},
@@ -109,10 +124,20 @@ def test_the_twins_differ_in_nothing_but_the_method(task):
 
 def test_flux_has_flow_grpos_values():
     flux = {
-        **{"model.lora_rank": 64, "model.lora_alpha": 128, "model.distilled_guidance_scale": 3.5, "model.resolution": 512},
+        **{
+            "model.lora_rank": 64,
+            "model.lora_alpha": 128,
+            "model.distilled_guidance_scale": 3.5,
+            "model.resolution": 512,
+        },
         **{"rollout.num_inference_steps": 6, "rollout.micro_batch_size": 3, "rollout.prompts_per_epoch": 48},
         **{"rollout.group_size": 24, "rollout.guidance_scale": 1.0, "sampler.noise_level": 0.9, "window.size": 5},
-        **{"objective.guidance_scale": 1.0, "objective.beta": 0.0, "objective.clip_range": 1e-4, "model.dtype": "bfloat16"},
+        **{
+            "objective.guidance_scale": 1.0,
+            "objective.beta": 0.0,
+            "objective.clip_range": 1e-4,
+            "model.dtype": "bfloat16",
+        },
         **{"evaluation.num_inference_steps": 28, "evaluation.guidance_scale": 1.0, "evaluation.eval_every": 30},
     }
     found = values("flux-pickscore")

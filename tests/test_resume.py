@@ -1,7 +1,9 @@
-"""Every option of a recipe is flipped, and the run resumed: `--resume` takes exactly the changes that leave its weights alone.
+"""Every option of a recipe is flipped, and the run resumed.
 
-The recipes hold each value where flipping it can be seen: a clip range that clips, a KL that counts, more scored states than
-one. An option that is added to the package is swept too, without a word here.
+`--resume` takes exactly the changes that leave its weights alone.
+
+The recipes hold each value where flipping it can be seen: a clip range that clips, a KL that counts, more scored states
+than one. An option that is added to the package is swept too, without a word here.
 """
 
 import shutil
@@ -30,7 +32,13 @@ from vgpo.windows import Window
 from vgpo.world.pretrain import make_autoencoder, make_pipeline
 
 SMALL = [
-    *("--epochs=2", "--save_every=1", "--save_total_limit=9", "--model.lora_rank=4", "--reward=tiny_rewards:brightness"),
+    *(
+        "--epochs=2",
+        "--save_every=1",
+        "--save_total_limit=9",
+        "--model.lora_rank=4",
+        "--reward=tiny_rewards:brightness",
+    ),
     *("--rollout.prompts_per_epoch=2", "--rollout.group_size=4", "--rollout.num_inference_steps=4"),
     *("--rollout.micro_batch_size=4", "--optim.num_minibatches=2", "--optim.lr=1e-3", "--optim.max_grad_norm=1e-3"),
     *("--optim.ema_decay=0.1",),
@@ -38,13 +46,31 @@ SMALL = [
 ]
 RECIPES = {  # between them they have every option of every kind of plug
     "paper": [
-        *("--window=Leading", "--window.size=2", "--credit=VGPO", "--credit.num_scored_steps=2", "--credit.anchor_steps=1"),
+        *(
+            "--window=Leading",
+            "--window.size=2",
+            "--credit=VGPO",
+            "--credit.num_scored_steps=2",
+            "--credit.anchor_steps=1",
+        ),
         *("--credit.advantage_clip=1", "--objective=ClippedSurrogate", "--objective.clip_range=3e-5"),
         *("--objective.beta=0.1", "--optim.lr_scheduler=constant"),
     ],
     "other plugs": [
-        *("--sampler=FlowCPS", "--window=Random", "--window.size=1", "--window.per=group", "--credit=GRPO", "--credit.advantage_clip=1"),
-        *("--objective=GRPOGuard", "--objective.clip_range=2e-4", "--objective.beta=0.1", "--optim.lr_scheduler=cosine"),
+        *(
+            "--sampler=FlowCPS",
+            "--window=Random",
+            "--window.size=1",
+            "--window.per=group",
+            "--credit=GRPO",
+            "--credit.advantage_clip=1",
+        ),
+        *(
+            "--objective=GRPOGuard",
+            "--objective.clip_range=2e-4",
+            "--objective.beta=0.1",
+            "--optim.lr_scheduler=cosine",
+        ),
     ],
 }
 PLUGS = {
@@ -265,7 +291,10 @@ def test_options_of_a_reward_among_several_may_change_as_well():
 
     def several(**more):
         parts = {
-            "far": {"class_path": "vgpo.rewards.remote.Remote", "init_args": {"url": "http://a:1", "retries": 3} | more},
+            "far": {
+                "class_path": "vgpo.rewards.remote.Remote",
+                "init_args": {"url": "http://a:1", "retries": 3} | more,
+            },
             "near": {"class_path": "vgpo.rewards.own.JPEG", "init_args": {"quality": more.get("quality", 95)}},
         }
         parts["far"]["init_args"].pop("quality", None)
@@ -291,7 +320,9 @@ def test_options_of_a_callback_may_change_if_its_class_says_so():
     assert check(begun, replace(old, callbacks=[Noting("b.txt")])) is None
     assert "callbacks.0.every: 1 -> 2" in check(begun, replace(old, callbacks=[Noting("b.txt", 2)]))
     for others in ([], [Noting("a.txt"), Noting("b.txt")]):
-        assert "callbacks" in check(begun, replace(old, callbacks=others)) and check(replace(old, callbacks=others), begun)
+        assert "callbacks" in check(begun, replace(old, callbacks=others)) and check(
+            replace(old, callbacks=others), begun
+        )
 
 
 # --- what was measured before training ---

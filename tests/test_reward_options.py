@@ -61,14 +61,23 @@ def test_a_class_by_its_name_with_options():
 
 def test_functions_and_classes_of_ones_own():
     assert made_by("--reward own_rewards:half").name == "own_rewards:half"
-    own = made_by(["--reward", "Function", "--reward.function", "own_rewards:half", "--reward.options", "{share: 0.25}"])
+    own = made_by(
+        ["--reward", "Function", "--reward.function", "own_rewards:half", "--reward.options", "{share: 0.25}"]
+    )
     assert isinstance(own, Function) and own.options == {"share": 0.25}
     assert own(None, ["a"], [{}]).scaled.tolist() == [0.25]
     assert make_reward("own_rewards.Own", level=1.0) == Own(1.0)
 
 
 def test_names_of_functions_are_plain_text_that_any_writer_takes():
-    line = ["--reward", "Combined", "--reward.rewards", "{a: OCR, b: 'own_rewards:half'}", "--reward.weights", "{a: 1, b: 2}"]
+    line = [
+        "--reward",
+        "Combined",
+        "--reward.rewards",
+        "{a: OCR, b: 'own_rewards:half'}",
+        "--reward.weights",
+        "{a: 1, b: 2}",
+    ]
     assert type(parser().parse_args(["--reward", "own_rewards:half"]).reward) is str
     assert type(parser().parse_args(line).reward.init_args.rewards["b"]) is str
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from torch.testing import assert_close
 
 import vgpo
@@ -86,9 +85,7 @@ def test_bad_scores_name_reward_row_and_remedy(bad, message):
 
 @pytest.mark.parametrize("timeout", [None, 30])
 def test_an_exception_becomes_a_reward_error_with_its_cause(timeout):
-    with pytest.raises(
-        RewardError, match="'from_rows' failed on 3 images .first prompt 'first'.: KeyError: 'n'"
-    ) as e:
+    with pytest.raises(RewardError, match="'from_rows' failed on 3 images .first prompt 'first'.: KeyError: 'n'") as e:
         score(Function(from_rows), IMAGES, PROMPTS, [{}] * 3, timeout=timeout)
     assert isinstance(e.value.__cause__, KeyError)
 
@@ -136,7 +133,9 @@ def test_rewards_by_name(tmp_path, monkeypatch):
         make_reward("home_made:g")
     with pytest.raises(ValueError, match="'nowhere:f' cannot be imported .*No module named 'nowhere'"):
         make_reward("nowhere:f")
-    with pytest.raises(ValueError, match="unknown reward 'GenEvel': known are .*GenEval, GenEvalShapes, .*OCR.*, and 'mod"):
+    with pytest.raises(
+        ValueError, match="unknown reward 'GenEvel': known are .*GenEval, GenEvalShapes, .*OCR.*, and 'mod"
+    ):
         make_reward("GenEvel")
     with pytest.raises(ValueError, match="reward 'collections:Counter' is a class, but no reward: derive it from"):
         make_reward("collections:Counter")
@@ -175,7 +174,9 @@ def test_every_reward_can_be_asked_for_its_options():
     assert {"GenEvalShapes", "GenEval", "OCR", "PickScore", "Combined", "Function"} <= set(vgpo)
     for name, cls in vgpo.items():
         assert cls.name in (name, "") and cls.harmless <= set(options_of(name)) == set(options_of(cls)), name
-        assert ("device" in options_of(name)) == bool(cls.networks), name  # what computes on a GPU is what the plan counts
+        assert ("device" in options_of(name)) == bool(cls.networks), (
+            name
+        )  # what computes on a GPU is what the plan counts
     assert options_of("tiny_rewards:brightness") == []
 
 
@@ -191,11 +192,20 @@ def test_a_reward_cannot_write_into_the_images():
 
 
 def test_some_of_the_scores():
-    all_three = Scores(torch.arange(3.0), torch.arange(3.0) / 3, torch.tensor([True, False, True]), [{"n": i} for i in "abc"])
+    all_three = Scores(
+        torch.arange(3.0), torch.arange(3.0) / 3, torch.tensor([True, False, True]), [{"n": i} for i in "abc"]
+    )
     all_three.parts = {"part": Scores(torch.arange(3.0), torch.arange(3.0))}
     last = all_three[1:]
-    assert last.raw.tolist() == [1, 2] and last.strict.tolist() == [False, True] and last.details == [{"n": "b"}, {"n": "c"}]
-    assert all_three[[2, 0]].details == [{"n": "c"}, {"n": "a"}] and all_three[[2, 0]].parts["part"].raw.tolist() == [2, 0]
+    assert (
+        last.raw.tolist() == [1, 2]
+        and last.strict.tolist() == [False, True]
+        and last.details == [{"n": "b"}, {"n": "c"}]
+    )
+    assert all_three[[2, 0]].details == [{"n": "c"}, {"n": "a"}] and all_three[[2, 0]].parts["part"].raw.tolist() == [
+        2,
+        0,
+    ]
 
 
 def brightness(images, prompts, metadata):
@@ -266,7 +276,9 @@ def test_bad_weights(weights):
 
 
 def test_rows_are_checked_by_all_parts():
-    both = make_reward("Combined", rewards={"jpeg": "JPEG", "shapes": "GenEvalShapes"}, weights={"jpeg": 1, "shapes": 1})
+    both = make_reward(
+        "Combined", rewards={"jpeg": "JPEG", "shapes": "GenEvalShapes"}, weights={"jpeg": 1, "shapes": 1}
+    )
     with pytest.raises(ValueError, match="GenEval row with prompt 'a sign'"):
         both.check_row({"prompt": "a sign"})
     make_reward("JPEG").check_row({"prompt": "a sign"})
@@ -298,9 +310,15 @@ def test_scores_of_another_kind_and_judges_that_leave_are_errors(answer, message
 
 def test_networks_of_rewards_are_described_once_and_all_are_needed():
     described = json.loads((Path(vgpo.__file__).parent / "model_configs" / "rewards.json").read_text())
-    named = [network for cls in reward_classes().values() if cls.__module__.startswith("vgpo.") for network in cls.networks]
+    named = [
+        network for cls in reward_classes().values() if cls.__module__.startswith("vgpo.") for network in cls.networks
+    ]
     assert set(named) == set(described)
-    parts = {"a": "GenEval", "b": {"class_path": "Aesthetic", "init_args": {"device": "cuda", "dtype": "bfloat16"}}, "c": "x:y"}
+    parts = {
+        "a": "GenEval",
+        "b": {"class_path": "Aesthetic", "init_args": {"device": "cuda", "dtype": "bfloat16"}},
+        "c": "x:y",
+    }
     found = networks_of({"class_path": "Combined", "init_args": {"rewards": parts, "weights": {}}})
     assert found == [("Mask2Former Swin-S", "cpu", "float32"), ("CLIP ViT-L/14", "cpu", "float32"),
                      ("CLIP ViT-L/14", "cuda", "bfloat16")]  # fmt: skip

@@ -32,7 +32,9 @@ def test_the_row_of_a_reward_has_the_scale_and_the_weights_of_its_class(name):
     if name not in ("Remote", "Combined", "VLMScore"):  # theirs are those of an object
         assert cls.scale in row
     for option in fields(cls):
-        if option.name in ("weights", "clip_weights", "processor", "tokenizer", "head") and isinstance(option.default, str):
+        if option.name in ("weights", "clip_weights", "processor", "tokenizer", "head") and isinstance(
+            option.default, str
+        ):
             assert option.default in row, option.name
 
 

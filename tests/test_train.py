@@ -252,7 +252,9 @@ def test_a_full_accelerator_names_the_remedies(options, monkeypatch, moment):
         monkeypatch.setattr(session.trainer, "rollout", full)
         with pytest.raises(SystemExit) as end:
             program.see_through(session)
-        assert str(end.value).endswith(f"; then go on from epoch 0 with: python -m vgpo.train --resume {session.folder}")
+        assert str(end.value).endswith(
+            f"; then go on from epoch 0 with: python -m vgpo.train --resume {session.folder}"
+        )
     else:
         monkeypatch.setattr("vgpo.runs.session.load_policy", full)
         with pytest.raises(SystemExit) as end:
@@ -290,12 +292,20 @@ def test_the_program_leaves_a_complete_run(options, tmp_path):
     run = tmp_path / "tiny-geneval"
     results = json.loads((run / "results.json").read_text())
     assert results["epochs"] == 2
-    for name in ("config.yaml", "before_after.png", "curves.png", "samples/epoch-0001.png", "report.md", "versions.json"):
+    for name in (
+        "config.yaml",
+        "before_after.png",
+        "curves.png",
+        "samples/epoch-0001.png",
+        "report.md",
+        "versions.json",
+    ):
         assert (run / name).stat().st_size > 0
     assert list(run.rglob("events*"))
     row = rows(run)[-1]
-    assert {"reward", "reward_std", "frac_reward_zero_std", "ratio/abs_dev_mean", "clip_ratio", "grad_norm", "eval/reward",
-            "raw", "samples_per_second", "time/rollout", "time/update", "nonfinite_updates", "lr"} <= row.keys()  # fmt: skip
+    assert {"reward", "reward_std", "frac_reward_zero_std", "ratio/abs_dev_mean", "clip_ratio", "grad_norm",
+            "eval/reward", "raw", "samples_per_second", "time/rollout", "time/update", "nonfinite_updates",
+            "lr"} <= row.keys()  # fmt: skip
     assert 0 <= row["eval/reward"] <= 1 and len(row["reward_by_step"]) == 4
     assert parse_config(["--recipe", str(run / "config.yaml")]).epochs == 2
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch-00001", "epoch-00002"]

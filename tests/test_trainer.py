@@ -1,4 +1,4 @@
-"The trainer alone: exact ratios, noise with an address, independence of how the work is cut, and what callbacks may do."
+"The trainer alone: exact ratios, noise with an address, independence of how the work is cut, what callbacks may do."
 
 from dataclasses import replace
 from functools import partial
@@ -131,7 +131,9 @@ def test_rewards_are_those_of_the_clean_estimates_by_state(make):
         images = trainer.policy.decode_steps(torch.stack([clean, batch.path.latents[:, 4]], 1))
         expected = torch.as_tensor(brightness(images, None, None), dtype=torch.float32).reshape(-1, 2)
         torch.testing.assert_close(batch.rewards[:, [2, 4]], expected, atol=1e-5, rtol=0)
-        assert torch.equal(batch.rewards[:, 0], batch.rewards[:, 2]) and torch.equal(batch.rewards[:, 3], batch.rewards[:, 4])
+        assert torch.equal(batch.rewards[:, 0], batch.rewards[:, 2]) and torch.equal(
+            batch.rewards[:, 3], batch.rewards[:, 4]
+        )
         assert torch.equal(batch.scores.scaled, batch.rewards[:, -1]) and batch.images.shape == (4, 32, 32, 3)
 
 
@@ -214,7 +216,9 @@ def test_the_rate_warms_up_and_decays():
 def test_every_update_has_its_rate(make):
     record = Record()
     make(epochs=2, lr_scheduler="cosine", lr_warmup_steps=2, callbacks=[record]).fit()
-    expected = [1e-3 * OptimConfig(lr_warmup_steps=2, lr_scheduler="cosine").lr_factor(update, 4) for update in range(4)]
+    expected = [
+        1e-3 * OptimConfig(lr_warmup_steps=2, lr_scheduler="cosine").lr_factor(update, 4) for update in range(4)
+    ]
     assert [stats["lr"] for stats in record.stats] == pytest.approx(expected, rel=1e-12)
 
 
@@ -256,7 +260,10 @@ def test_callbacks_hear_of_all_that_happens_in_its_order(make):
     record = Record()
     trainer = make(callbacks=[record], credit=GRPO())
     trainer.train_epoch()
-    once = ["before_micro_batch", *(f"{phase} {what}" for phase in ("rollout", "decode", "score") for what in ("begins", "ends"))]
+    once = [
+        "before_micro_batch",
+        *(f"{phase} {what}" for phase in ("rollout", "decode", "score") for what in ("begins", "ends")),
+    ]
     assert record.events == [
         "before_epoch", *once, *once, "score begins", "score ends", "after_rollout",
         "update begins", "before_step", "before_step", "update ends", "after_epoch"]  # fmt: skip

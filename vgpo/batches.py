@@ -6,9 +6,9 @@
 __all__ = ['Seconds', 'Batches', 'neighbours', 'solve_batches', 'RolloutConfig', 'OptimConfig']
 
 # %% ../nbs/training/38_batches.ipynb #c002
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-import math
 from typing import Literal
 
 from fastcore.basics import patch

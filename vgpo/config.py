@@ -22,6 +22,8 @@ import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 import vgpo
+from .batches import OptimConfig, RolloutConfig
+from .callback import Callback
 from .credit.base import Credit
 from .credit.vgpo import VGPO
 from .evaluation.images import EvaluationConfig
@@ -34,8 +36,6 @@ from .prompts.files import PromptsConfig
 from .rewards.base import Reward, RewardSpec, all_subclasses
 from .runs.early_stopping import EarlyStopping
 from .sde import FlowSDE, Sampler
-from .callback import Callback
-from .batches import OptimConfig, RolloutConfig
 from .windows import Leading, Window
 
 # %% ../nbs/runs/74_config.ipynb #c005

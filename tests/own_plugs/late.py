@@ -19,4 +19,6 @@ class LateSDE(Sampler):
 
     def transition(self, x, velocity, sigma, sigma_next, sigma_max):
         sigma, sigma_next = match_dims(sigma, x), match_dims(sigma_next, x)
-        return sde_step(x, velocity, sigma, sigma_next, self.noise_level * (1 + self.rise * (1 - sigma)) * torch.ones_like(sigma))
+        return sde_step(
+            x, velocity, sigma, sigma_next, self.noise_level * (1 + self.rise * (1 - sigma)) * torch.ones_like(sigma)
+        )

@@ -53,7 +53,7 @@ class Reward(ABC):
     """The base of all rewards: a callable that scores images. A subclass is a dataclass whose fields are its options.
 
     `harmless` names the options that change no score, such as a batch size; a resumed run may change those. `networks`
-    names the entries of `model_configs/rewards.json` that describe its networks, so that `--plan` can count their memory.
+    names the entries of `model_configs/rewards.json` that describe its networks, so that `vgpo.plan` can count their memory.
     """
     name: str  # the class's name, unless an object has another one
     scale: str = "already in [0, 1]"  # one line: how a raw score becomes a number in [0, 1]
@@ -67,7 +67,7 @@ class Reward(ABC):
 
     def __post_init__(self): check_fields(self)
 
-    def check_row(self, row: dict) -> None:
+    def check_row(self, row: dict) -> None:  # noqa: B027 - most rewards score every row
         "Raise ValueError for a row of the prompt file that this reward cannot score."
 
     @abstractmethod

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from jsonargparse.typing import PositiveInt
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, Mask2FormerImageProcessorPil
 from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
-from transformers import Mask2FormerImageProcessorPil
 
 from .base import check_images
 from .geneval import GenEvalRules

@@ -19,11 +19,11 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+from ..callback import Callback, SkipStep
 from ..distributed import Stop
 from ..losses import RATIO_TOLERANCE
 from ..plots import image_grid
 from ..policies.shard import is_sharded
-from ..callback import Callback, SkipStep
 
 # %% ../../nbs/runs/73_callbacks.ipynb #c005
 class Clock(Callback):

@@ -15,11 +15,11 @@ from statistics import fmean
 from fastcore.basics import patch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
+from ..callback import Callback
 from ..distributed import broadcast
 from ..objectives.base import Objective
 from ..plugs import check_fields
 from ..rewards.base import RewardSpec
-from ..callback import Callback
 from ..trainer import Trainer
 
 # %% ../../nbs/runs/72_early_stopping.ipynb #c022

@@ -20,9 +20,9 @@ from ..distributed import Stop, broadcast, raise_on_all_ranks
 from ..evaluation.scores import Evaluation, evaluate, load_evaluation
 from ..files import atomic_write
 from ..noise import epoch_prompts
+from ..plots import evenly_spaced
 from ..policies.base import load_policy
 from ..prompts.files import check_rows, load_prompts
-from ..plots import evenly_spaced
 from ..report import write_report
 from ..rewards.base import Reward, RewardError, make_reward
 from .callbacks import Clock, Every, Log, RatioCheck, SaveImages, SkipNonFinite, StopWhenAsked
