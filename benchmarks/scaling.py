@@ -147,9 +147,9 @@ def expected_maximum(n):
 
 def price(own):
     "Markdown lines: a recipe's epoch on one GPU by phase, as GRPO and as VGPO; and with the reward beside the rollout."
-    draft, five = [f"--model.tiny_vae={own.draft}"], ["--credit.num_scored_steps=5"]
-    methods = {"GRPO": ["--credit=GRPO"], "VGPO": [], "VGPO, draft decoder": draft, "VGPO, 5 steps": five}
-    methods["VGPO, 5 steps, draft decoder"] = draft + five
+    draft, five = [f"--model.tiny_vae={own.tiny_vae}"], ["--credit.num_scored_steps=5"]
+    methods = {"GRPO": ["--credit=GRPO"], "VGPO": [], "VGPO, tiny VAE": draft, "VGPO, 5 steps": five}
+    methods["VGPO, 5 steps, tiny VAE"] = draft + five
     lines, first = (
         ["| method | " + " | ".join(PHASES) + " | epoch | / GRPO | overlapped | / GRPO |", "|---" * 9 + "|"],
         {},
@@ -209,7 +209,7 @@ def make_parser():
     parser.add_argument("--card", choices=CARDS, default="h100")
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of the card's peak that is reached")
     parser.add_argument("--bandwidth", type=float, nargs="+", default=[25, 1.25], help="GB/s of the slowest wire")
-    parser.add_argument("--draft", default="madebyollin/taesd3", help="the draft decoder")
+    parser.add_argument("--tiny_vae", default="madebyollin/taesd3", help="the tiny VAE")
     parser.add_argument("--score_seconds", type=float, default=0.02, help="of the reward, for an image")
     parser.add_argument("--spread", type=float, default=0.3, help="std over mean of the seconds of one reward call")
     return parser

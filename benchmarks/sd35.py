@@ -1,10 +1,10 @@
 """What an epoch of a full-scale recipe costs on this machine: seconds, memory by phase, the price of TCRM.
 
     python benchmarks/sd35.py                            SD3.5-M at 512 pixels, random weights, no download; for a GPU
-    python benchmarks/sd35.py --recipe tiny-geneval --draft vgpo/world/tiny/vae       the same on a CPU, in seconds
-    python benchmarks/sd35.py --recipe flux-pickscore --draft madebyollin/taef1
+    python benchmarks/sd35.py --recipe tiny-geneval --tiny_vae vgpo/world/tiny/vae       the same on a CPU, in seconds
+    python benchmarks/sd35.py --recipe flux-pickscore --tiny_vae madebyollin/taef1
 
-GRPO, VGPO, and VGPO with a draft decoder train in turn, with the recipe's own model, sampler and optimizer, on epochs
+GRPO, VGPO, and VGPO with a tiny VAE train in turn, with the recipe's own model, sampler and optimizer, on epochs
 of `--groups` x `--group_size` images. Weights are random, which changes neither time nor memory; text embeddings are
 random too, so the text encoders are absent, as with `model.precompute_text_embeds`. The reward is free (mean
 brightness) unless `--reward` names one. All other options are those of a run, such as `--rollout.micro_batch_size 8`.
@@ -109,7 +109,7 @@ def main(argv=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--recipe", default="sd35-ocr-80gb")
     parser.add_argument(
-        "--draft", default="madebyollin/taesd3", help="the draft decoder of the third method; '' for none"
+        "--tiny_vae", default="madebyollin/taesd3", help="the tiny VAE of the third method; '' for none"
     )
     parser.add_argument("--reward", default="sd35:brightness", help="a reward's name")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each method that count")
@@ -120,8 +120,8 @@ def main(argv=None):
     quiet()
     sys.path.insert(0, str(Path(__file__).parent))  # for the reward above
     methods = {"GRPO": ("GRPO", None), "VGPO": ("VGPO", None)}
-    if own.draft:
-        methods["VGPO, drafts"] = ("VGPO", own.draft)
+    if own.tiny_vae:
+        methods["VGPO, tiny VAE"] = ("VGPO", own.tiny_vae)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{own.recipe} on {gpu}, PyTorch {torch.__version__}: {own.groups} x {own.group_size} images per epoch, "
           f"medians of {own.epochs} epochs")  # fmt: skip

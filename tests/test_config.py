@@ -184,7 +184,10 @@ def test_print_config_is_what_a_run_saves(recipe, capsys, tmp_path):
         ("--credit.gama=0.9", "there is no option credit.gama; did you mean credit.gamma?"),
         ("--credit.gamm 0.9", "there is no option credit.gamm; did you mean credit.gamma?"),  # no abbreviations
         ("--optim.lrr 0.9", "there is no option optim.lrr; did you mean optim.lr?"),
-        ("--credit GRPO --credit.gamma 1", "there is no option credit.gamma in the chosen class; it is one of VGPO, Decoup"),
+        (
+            "--credit GRPO --credit.gamma 1",
+            "there is no option credit.gamma in the chosen class; it is one of VGPO, DecoupledVGPO",
+        ),
         ("--window.per group", "there is no option window.per in the chosen class; it is one of Random"),
         ("--reward OCR --reward.moode full", "there is no option reward.moode; did you mean reward.mode?"),
         ("--sampler.q 1", "there is no option sampler.q; --sampler.help CLASS lists those of a class"),
@@ -226,7 +229,7 @@ def test_bad_command_lines(line, message):
         ("recipe: tiny-ocr", "mine.yaml: there is no option recipe; "),
         ("base: 3", "mine.yaml: base must be a recipe's name, not 3"),
         ("credit: {class_path: VGPO, init_args: {gamma: high}}", "mine.yaml: credit.gamma must be a number, not high"),
-        ("credit: PPO", "mine.yaml: credit: there is no class PPO; known are DecoupledVGPO, GDPO, GRPO, VGPO, and"),
+        ("credit: PPO", "mine.yaml: credit: there is no class PPO; known are DecoupledVGPO, GDPO, GRPO, "),
         ("- a\n- b", "mine.yaml: a recipe must hold lines `option: value`"),
         ("", "mine.yaml: a recipe must hold lines `option: value`"),
         ("credit: {gamma: [}", "mine.yaml: not valid YAML: "),
@@ -318,7 +321,7 @@ def test_noise_levels_that_cannot_be(sampler, wrong):
         ("name", "a/b", "name is 'a/b'; it must be the name of a folder"),
         ("name", "", "name is ''; it must be the name of a folder"),
         ("name", "..", "name is '..'; it must be the name of a folder"),
-        ("early_stopping.patience", 2, "early_stopping.patience is 2; it counts held-out evaluations: set evaluation.eval_every"),
+        ("early_stopping.patience", 2, "early_stopping.patience is 2; it counts held-out evaluations: set evaluation."),
     ],
 )  # fmt: skip
 def test_contradictions(option, value, message):
@@ -366,6 +369,8 @@ def test_help_explains_every_option(monkeypatch, capsys):
 @pytest.mark.parametrize("option", [option for option in PLUGS if option != "callbacks"])
 def test_help_of_a_plug_explains_its_options(monkeypatch, capsys, option):
     for name, kind in plug_classes(option).items():
+        if not kind.__module__.startswith("vgpo."):
+            continue  # of another test
         text = shown(monkeypatch, capsys, f"--{option}.help", name)
         for f in fields(kind):
             if f.init:

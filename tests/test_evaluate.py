@@ -110,9 +110,9 @@ def test_program_evaluates_a_model_and_options_override(tiny_folder, tmp_path, c
     (["--prompts", "absent.txt"], "absent.txt does not exist"),
     (["--reward", "nonsense"], "unknown reward 'nonsense'"),
     (["--recipe", "nonsense"], "there is no recipe 'nonsense'"),
-    (["--steps", "3"], "unrecognized arguments: --steps"),
+    (["--steps", "3"], "there is no option steps; --help lists all of them"),
     (["--num_samples", "many"], "num_samples"),
-    (["another"], "unrecognized arguments: another"),
+    (["another"], "'another' belongs to no option; options begin with --"),
 ])  # fmt: skip
 def test_bad_command_lines_end_in_one_line(tiny_folder, words, message):
     with pytest.raises(SystemExit) as stop:

@@ -304,7 +304,7 @@ def test_the_tiny_vae_is_not_trained(tiny_folder):
         model = ModelConfig(path=str(tiny_folder), lora_rank=rank, tiny_vae=str(tiny_folder / "vae"))
         policy = meta_policy(model)
         counts = count_parameters(policy)
-        assert counts["draft decoder"][0] == 0 < counts["draft decoder"][1] == counts["vae"][1]
+        assert counts["tiny VAE"][0] == 0 < counts["tiny VAE"][1] == counts["vae"][1]
         trained = {part: n for part, (n, _) in counts.items() if n}
         assert trained == {"transformer": sum(p.numel() for p in policy.parameters())}
 

@@ -41,7 +41,7 @@ def now(device: torch.device) -> float:
 
 @torch.no_grad()
 def bare_forwards(trainer: Trainer, batches: Sequence[MicroBatch], calls: int) -> float:
-    "Seconds of `calls` passes of the network alone, with its adapters, for each of the micro-batches."
+    "Seconds of `calls` forward passes of the network alone, with its adapters, for each of the micro-batches."
     started = now(trainer.device)
     for batch in batches:
         x = batch.path.latents[:, 0].contiguous()
@@ -100,7 +100,7 @@ def measure(trainers: dict[str, Trainer], epochs: int) -> Measured:
 
 # %% ../nbs/practice/86_bench.ipynb #c014
 def network_seconds(config: Config, forward: float, batches: int) -> dict[str, float]:
-    "Seconds of the network alone in an epoch's rollouts and of three passes per trained step in its update, Eq. (1)."
+    "Seconds of the network alone in an epoch's rollouts and of three forward passes per trained step in its update, Eq. (1)."
     c, o = config.rollout, config.objective
     training = 3 + guided(o) + o.uses_reference * (1 + guided(o))
     return {"rollout": batches * c.num_inference_steps * (1 + guided(c)) * forward,

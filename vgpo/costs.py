@@ -115,7 +115,7 @@ def metered(forward: Callable[[], torch.Tensor], backward: bool = False) -> Cost
 @dataclass(frozen=True)
 class Costs:
     "What the parts of an epoch cost: those of the network and the decoders for a micro-batch."
-    forward: Cost  # a pass of the network without gradient
+    forward: Cost  # a forward pass without gradient
     reference: Cost | None  # the same without adapters, if the objective makes one
     train: Cost  # one with gradient, and its backward pass
     decode: Cost
@@ -129,7 +129,7 @@ def count_costs(model: str, batch_size: int, reference: bool = False) -> tuple[P
     policy = meta_policy(ModelConfig(**json.loads(model)))
     embeds, sigma = policy.example_embeds(batch_size), torch.tensor(0.5)
     x = torch.empty(batch_size, *policy.latent_shape, device="meta")
-    for p in policy.parameters(): p.grad = torch.empty_like(p)  # resident, so no part of a pass
+    for p in policy.parameters(): p.grad = torch.empty_like(p)  # resident, so no part of a forward or backward pass
     def velocity(): return policy.velocity(x, sigma, embeds)
     def before():
         with policy.reference(): return velocity()
@@ -143,5 +143,5 @@ def count_costs(model: str, batch_size: int, reference: bool = False) -> tuple[P
 
 def costs_of(config: Config) -> tuple[Policy, Costs]:
     "The (policy, Costs) of a Config."
-    model = replace(config.model, fsdp="off")  # on which no pass depends
+    model = replace(config.model, fsdp="off")  # on which no cost depends
     return count_costs(json.dumps(asdict(model)), config.rollout.micro_batch_size, config.objective.uses_reference)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARED_ERRORS', 'check_launcher', 'init_accelerator', 'Stop', 'all_gather_object', 'raise_on_all_ranks', 'broadcast',
-           'rank_indices', 'in_order', 'joined']
+           'rank_indices']
 
 # %% ../nbs/training/39_distributed.ipynb #c003
 import atexit
@@ -16,14 +16,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate import utils as accelerate_utils
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 
-from .rewards.base import RewardError, Scores
+from .rewards.base import RewardError
 
 # %% ../nbs/training/39_distributed.ipynb #c006
 def check_launcher(accelerator: Accelerator) -> None:
@@ -88,21 +87,3 @@ def rank_indices(accelerator: Accelerator, count: int) -> list[int]:
     "The indices below `count` that are this process's own, as many in every process; the last index may be repeated."
     own = list(range(accelerator.process_index, count, accelerator.num_processes))
     return own + [count - 1] * (math.ceil(count / accelerator.num_processes) - len(own))
-
-
-def in_order(parts, order):
-    "One Scores of the parts of several processes, its rows in this order."
-    def column(name): return torch.cat([getattr(part, name) for part in parts])[order]
-    strict = None if parts[0].strict is None else column("strict")
-    details = [d for part in parts for d in part.details]
-    return Scores(column("raw"), column("scaled"), strict, [details[i] for i in order] if details else [])
-
-
-def joined(parts):
-    """The images of a whole evaluation and a list of Scores, one per reward, in order and once each.
-
-    `parts` are of all processes: (numbers, images, list of Scores).
-    """
-    numbers, images, scored = zip(*parts)
-    order = np.unique(np.concatenate(numbers), return_index=True)[1]
-    return np.concatenate(images)[order], [in_order(scores, order) for scores in zip(*scored)]

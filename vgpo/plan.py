@@ -94,14 +94,14 @@ def trajectory_bytes(config: Config, policy: Policy, batches: Batches) -> int:
 
 
 def guided(section) -> bool:
-    "Whether a rollout, or an objective that has guidance at all, makes a second pass of the network for guidance."
+    "Whether a rollout, or an objective that has guidance at all, makes a second forward pass for guidance."
     return getattr(section, "guidance_scale", 1.0) > 1
 
 # %% ../nbs/practice/85_plan.ipynb #c010s1
 def working_bytes(config: Config, policy: Policy, costs: Costs) -> dict[str, int]:
-    """{phase: bytes} alive at once, at most, beyond what stays: in a pass of a network and around it.
+    """{phase: bytes} alive at once, at most, beyond what stays: in a forward pass and around it.
 
-    An update's passes without gradient run while the others' graph is alive.
+    An update's forward passes without gradient run while the others' graph is alive.
     """
     c, o = config.rollout, config.objective
     latents = 4 * c.micro_batch_size * math.prod(policy.latent_shape)
@@ -125,7 +125,7 @@ def phase_bytes(resident: dict[str, int], trajectories: int, working: dict[str, 
 
 # %% ../nbs/practice/85_plan.ipynb #c013
 def epoch_work(config: Config, batches: Batches) -> dict[str, int]:
-    "How often an epoch does what, over all processes: passes of one image through a network, images, prompts."
+    "How often an epoch does what, over all processes: forward passes of one image, images, prompts."
     c, o, images, rewards = config.rollout, config.objective, batches.images, count_rewards(config.reward)
     scored = len(config.credit.scored_states(c.num_inference_steps))
     drafts = images * (scored - 1) if config.model.tiny_vae else 0
@@ -202,7 +202,7 @@ class Plan:
 # %% ../nbs/practice/85_plan.ipynb #c017
 def count_parameters(policy: Policy) -> dict[str, tuple[int, int]]:
     "{part: (trained, frozen)} numbers of parameters."
-    parts = networks(policy.pipe) | ({"draft decoder": policy.tiny_vae} if policy.tiny_vae else {})
+    parts = networks(policy.pipe) | ({"tiny VAE": policy.tiny_vae} if policy.tiny_vae else {})
     return {name: (sum(p.numel() for p in part.parameters() if p.requires_grad),
                    sum(p.numel() for p in part.parameters() if not p.requires_grad)) for name, part in parts.items()}
 
@@ -249,11 +249,11 @@ def work_lines(plan: Plan) -> list[str]:
                              for part, (trained, frozen) in plan.parameters.items())]
     beside = w["guide"] + w["reference"]
     lines += [f"work: {plan.batches}",
-              f"  network, passes of an image {w['rollout'] + w['train'] + beside:>16,}   {w['rollout']:,} in rollouts, "
+              f"  forward passes of one image {w['rollout'] + w['train'] + beside:>16,}   {w['rollout']:,} in rollouts, "
               f"{w['train']:,} with gradient, {beside:,} beside them",
-              f"  images decoded              {w['decode'] + w['draft']:>16,}   {w['draft']:,} of them drafts",
+              f"  images decoded              {w['decode'] + w['draft']:>16,}   {w['draft']:,} of them by the tiny VAE",
               f"  images scored               {w['score']:>16,}"]
-    units = {"pass": "rollout", "pass and back": "train", "decode": "decode", "draft": "draft"}
+    units = {"forward": "rollout", "forward and backward": "train", "decode": "decode", "tiny VAE": "draft"}
     return [*lines, "  GFLOPs per image: " + ", ".join(f"{name} {f[k] / 1e9:,.1f}" for name, k in units.items() if f[k])]
 
 # %% ../nbs/practice/85_plan.ipynb #c022

@@ -36,7 +36,7 @@ from .windows import Window
 # %% ../nbs/training/41_trainer.ipynb #c005
 @dataclass
 class MicroBatch:
-    "B trajectories that pass the network together, in the rollout and in their update, so that the first ratio is exact."
+    "B trajectories that go through the network together, in the rollout and in their update, so that the first ratio is exact."
     minibatch: int  # which of the epoch's optimizer steps they serve
     rows: list[dict]  # prompt rows, one per trajectory
     embeds: PromptEmbeds

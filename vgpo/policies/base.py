@@ -68,7 +68,7 @@ def __init__(self: Policy, pipe, model: ModelConfig | None = None, device: str |
 # %% ../../nbs/training/34_policy.ipynb #c012
 @patch
 def encode(self: Policy, prompts: Sequence[str]) -> PromptEmbeds:
-    "The PromptEmbeds of `prompts`, (B, …), on the policy's device; each distinct prompt passes the text encoders once."
+    "The PromptEmbeds of `prompts`, (B, …), on the policy's device; each distinct prompt goes through the text encoders once."
     return self.encoder(prompts).to(self.device)
 
 
