@@ -217,7 +217,10 @@ def make_parser():
 
 def main(argv=None):
     "The program."
-    own, words = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    own, words = parser.parse_known_args(argv)
+    if words and not own.worker:
+        parser.error(f"there is no option {words[0]}")
     quiet()
     if own.worker:
         return work(own.worker, own.epochs, words)

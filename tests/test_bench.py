@@ -159,7 +159,7 @@ def test_scaling_formulas(script):
 
 
 def test_scaling_extrapolates_a_recipe(script, capsys):
-    script("scaling").main(["--paper", "--recipe", "tiny-geneval", "--draft", VAE, "--gpus", "1", "4"])
+    script("scaling").main(["--paper", "--recipe", "tiny-geneval", "--tiny_vae", VAE, "--gpus", "1", "4"])
     out = capsys.readouterr().out
     rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
     prices = {row[0]: [float(cell) for cell in row[1:]] for row in rows[1:6]}

@@ -99,7 +99,7 @@ def test_odd_prompts_are_drawn_named_and_written_down(tmp_path):
     (["--model", "tiny", "--num_images_per_prompt", "0", "a"], "--num_images_per_prompt is 0; it must be at least 1"),
     (["--model", "tiny", "--num_inference_steps", "0", "a"], "--num_inference_steps is 0; it must be at least 1"),
     (["--model", "tiny", "--guidance_scale", "-1", "a"], "--guidance_scale is -1.0; it must not be negative"),
-    (["--model", "tiny", "--images", "2", "a"], "unrecognized arguments: --images"),
+    (["--model", "tiny", "--images", "2", "a"], "there is no option images; --help lists all of them"),
     (["--model", "tiny", "--seed", "x", "a"], "seed"),
     (["--run", "absent", "a"], "absent is not a run: it has no config.yaml"),
 ])  # fmt: skip

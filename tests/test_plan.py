@@ -489,12 +489,12 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path):
     recipe = tmp_path / "small.yaml"
     recipe.write_text(FEW_STEPS)
     command = [sys.executable, "benchmarks/sd35.py", "--recipe", str(recipe), "--epochs", "1", "--groups", "2"]
-    command += ["--group_size", "2", "--draft", "vgpo/world/tiny/vae", "--output", str(tmp_path / "found.json")]
+    command += ["--group_size", "2", "--tiny_vae", "vgpo/world/tiny/vae", "--output", str(tmp_path / "found.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["results"]
-    assert set(found) == {"GRPO", "VGPO", "VGPO, drafts"}
+    assert set(found) == {"GRPO", "VGPO", "VGPO, tiny VAE"}
     for method in found.values():
         parts = [method["seconds"][phase] for phase in PHASES]
         assert min(parts) > 0 and sum(parts) <= method["seconds"]["epoch"]
