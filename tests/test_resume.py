@@ -81,8 +81,8 @@ PLUGS = {
 }
 ROUNDED = {"rollout.micro_batch_size"}  # sums are taken in another order
 UNTRIED = {  # option: (whether a resumed run may change it, why flipping it says nothing on this machine)
-    "model.path": (False, "there is no second model that the adapters of the first one fit"),
-    "model.revision": (False, "a folder has no revisions"),
+    "model.path": (True, "what lies there is compared, and must be the same: see test_kept.py"),
+    "model.revision": (True, "a folder has no revisions; what one stands for is compared"),
     "model.distilled_guidance_scale": (False, "no model here takes a guidance scale as an input"),
     "model.compile": (False, "compiling takes minutes; it rounds otherwise"),
     "model.vae_tiling": (False, "no image here is larger than a tile; of a larger one the seams are scored"),

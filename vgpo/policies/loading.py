@@ -83,7 +83,8 @@ class ModelConfig(TrainableConfig):
     vae_slicing: bool = False
     """decode one image at a time: less memory"""
 
-    harmless = frozenset({"gradient_checkpointing", "fsdp", "precompute_text_embeds", "embedding_cache", "vae_slicing"})
+    harmless = frozenset({"gradient_checkpointing", "fsdp", "precompute_text_embeds", "embedding_cache", "vae_slicing",
+                          "path", "revision", "tiny_vae"})  # what lies there is compared itself: `model_digests`
 
     def __post_init__(self):
         check_fields(self)
