@@ -144,6 +144,7 @@ def others(root, option, kind, value):
         **{"prompts.train": ["tiny-scenes"], "prompts.test": [root / "prompts.txt"], "window.init_args.start": [2]},
         **{"output_dir": [root / "elsewhere"], "name": ["elsewhere"], "model.lora_targets": ["[attn.to_q]"]},
         **{"model.embedding_cache": [root / "embeds"], "model.tiny_vae": [root / "vae"]},
+        **{"tracker": ["[]"], "tracker_project": ["elsewhere"]},
     }
     if option in given:
         return given[option]

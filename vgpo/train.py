@@ -86,7 +86,7 @@ def resumed_config(argv: list[str]):
 def run_accelerator(config, folder: Path) -> Accelerator:
     "The Accelerator of a run in a folder, with the trackers that its Config names."
     places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
-    return init_accelerator(config.rollout.reward_timeout, log_with=tracker_names(config), project_config=places)
+    return init_accelerator(config.rollout.reward_timeout, log_with=tracker_names(config) or None, project_config=places)
 
 
 def start(argv: list[str]) -> Session:
