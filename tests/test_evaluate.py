@@ -213,8 +213,8 @@ def test_settings_have_all_that_images_depend_on(tmp_path):
     first = settings()
     for other in (settings(seed=1), settings(config=EvaluationConfig(guidance_scale=2)), settings(resolution=32),
                   settings(config=EvaluationConfig(num_inference_steps=3)), settings(dtype="bfloat16"),
-                  settings(max_sequence_length=0), settings(vae_tiling=True), settings(distilled_guidance_scale=1),
-                  settings(revision="x")):  # fmt: skip
+                  settings(max_sequence_length=0), settings(vae_tiling=True),
+                  settings(distilled_guidance_scale=1)):  # fmt: skip
         assert sum(first[key] != other[key] for key in first) == 1
     assert settings(lora_rank=3, vae_slicing=True, compile=True, precompute_text_embeds=True) == first
     assert first["cluster"] == cluster_of("tiny-words") == "image" != cluster_of("geneval")

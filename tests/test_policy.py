@@ -470,7 +470,7 @@ def test_embeddings_on_the_disk(tiny_folder, tmp_path):
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(tuple(second.encode(PROMPTS))[:2], tuple(wanted)[:2], strict=True))
     assert not calls
-    for changed in ({"max_sequence_length": 4}, {"dtype": "bfloat16"}, {"revision": "v2"}):
+    for changed in ({"max_sequence_length": 4}, {"dtype": "bfloat16"}):
         other = load_policy(ModelConfig(str(tiny_folder), embedding_cache=str(tmp_path), **changed))
         calls = count_encodings(other)
         other.encode(PROMPTS[:1])

@@ -81,8 +81,8 @@ PLUGS = {
 }
 ROUNDED = {"rollout.micro_batch_size"}  # sums are taken in another order
 UNTRIED = {  # option: (whether a resumed run may change it, why flipping it says nothing on this machine)
-    "model.path": (False, "there is no second model that the adapters of the first one fit"),
-    "model.revision": (False, "a folder has no revisions"),
+    "model.path": (True, "what lies there is compared, and must be the same: see test_kept.py"),
+    "model.revision": (True, "a folder has no revisions; what one stands for is compared"),
     "model.distilled_guidance_scale": (False, "no model here takes a guidance scale as an input"),
     "model.compile": (False, "compiling takes minutes; it rounds otherwise"),
     "model.vae_tiling": (False, "no image here is larger than a tile; of a larger one the seams are scored"),
@@ -144,6 +144,7 @@ def others(root, option, kind, value):
         **{"prompts.train": ["tiny-scenes"], "prompts.test": [root / "prompts.txt"], "window.init_args.start": [2]},
         **{"output_dir": [root / "elsewhere"], "name": ["elsewhere"], "model.lora_targets": ["[attn.to_q]"]},
         **{"model.embedding_cache": [root / "embeds"], "model.tiny_vae": [root / "vae"]},
+        **{"tracker": ["[]"], "tracker_project": ["elsewhere"]},
     }
     if option in given:
         return given[option]

@@ -56,8 +56,15 @@ class RunConfig:
     """epochs between checkpoints"""
     save_total_limit: PositiveInt = 2
     """newest checkpoints that are kept; older ones are deleted"""
+    tracker: list[str] | str = "tensorboard"
+    """where metrics go beside metrics.jsonl: `wandb`, `mlflow`, … or several, `[tensorboard, wandb]`; [] is none"""
+    tracker_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """options by tracker, '{wandb: {name: first, tags: [test]}}'"""
+    tracker_project: str = "vgpo"
+    """project, or experiment, that a tracker puts the run into"""
 
-    harmless = frozenset({"log_images_every", "save_every", "save_total_limit", "output_dir", "name"})
+    harmless = frozenset({"log_images_every", "save_every", "save_total_limit", "output_dir", "name",
+                          "tracker", "tracker_options", "tracker_project"})
 
 # %% ../nbs/runs/74_config.ipynb #c005s1
 @dataclass

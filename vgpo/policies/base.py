@@ -20,6 +20,7 @@ from accelerate.utils.memory import clear_device_cache
 from fastcore.basics import patch
 
 import vgpo.policies
+from ..files import digest
 from . import loading, lora
 from .embeds import EmbeddingCache, PromptEmbeds, PromptEncoder
 from .loading import LatentSpec, ModelConfig, check_tokens, freeze, latent_side, load_pipeline, networks
@@ -55,8 +56,10 @@ def __init__(self: Policy, pipe, model: ModelConfig | None = None, device: str |
     spec = self.latent_spec()
     side = latent_side(spec, pipe.vae_scale_factor, model.resolution)
     self.latent_shape, self.image_tokens = (spec.channels, side, side), (side // spec.patch) ** 2
-    disk = model.embedding_cache and EmbeddingCache(
-        model.embedding_cache, model.path, model.revision, self.dtype, self.max_sequence_length)
+    disk = None
+    if model.embedding_cache and self.device.type != "meta":
+        texts = loading.model_digests(model, without=("transformer", "vae", "scheduler", "tiny_vae"))
+        disk = EmbeddingCache(model.embedding_cache, *sorted(texts.items()), self.dtype, self.max_sequence_length)
     self.encoder, self.empty = PromptEncoder(self.encode_one, disk), None  # the latter: embeds of the empty prompt
     self.distilled_guidance_scale, self.precomputes = model.distilled_guidance_scale, model.precompute_text_embeds
     self.tiny_vae = self.reference_weights = None
@@ -228,6 +231,8 @@ def load(self: Policy, folder: str | Path):
         self.network.float().load_state_dict(weights)
         self.autocast = self.dtype != torch.float32
     else: self.pipe.load_lora_weights(folder)
+    adapted = any(hasattr(encoder, "peft_config") for encoder in networks(self.pipe, "text_encoder").values())
+    if adapted and self.encoder.disk: self.encoder.disk.source.append(digest(folder))  # of the LoRA, which has a say in them
     self.network.requires_grad_(False)
 
 # %% ../../nbs/training/34_policy.ipynb #c052

@@ -6,7 +6,7 @@
 __all__ = ['TINY', 'HINTS', 'CONFIGS', 'PipelineConfig', 'TrainableConfig', 'ModelConfig', 'pipeline_source', 'hub_hint',
            'pipeline_errors', 'model_index', 'load_pipeline', 'quiet', 'networks', 'freeze', 'read_part',
            'read_configs', 'part_from_config', 'pipeline_from_configs', 'LatentSpec', 'latent_side', 'check_tokens',
-           'resolution_shift', 'load_tiny_vae', 'check_tiny_vae', 'reduce_vae_memory']
+           'resolution_shift', 'load_tiny_vae', 'check_tiny_vae', 'reduce_vae_memory', 'model_digests']
 
 # %% ../../nbs/training/30_loading.ipynb #c003
 import inspect
@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import diffusers
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -30,6 +31,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 from safetensors import SafetensorError
 
 import vgpo
+from ..files import digest
 from ..plugs import check_fields
 
 # %% ../../nbs/training/30_loading.ipynb #c006
@@ -81,7 +83,8 @@ class ModelConfig(TrainableConfig):
     vae_slicing: bool = False
     """decode one image at a time: less memory"""
 
-    harmless = frozenset({"gradient_checkpointing", "fsdp", "precompute_text_embeds", "embedding_cache", "vae_slicing"})
+    harmless = frozenset({"gradient_checkpointing", "fsdp", "precompute_text_embeds", "embedding_cache", "vae_slicing",
+                          "path", "revision", "tiny_vae"})  # what lies there is compared itself: `model_digests`
 
     def __post_init__(self):
         check_fields(self)
@@ -283,3 +286,23 @@ def reduce_vae_memory(pipe, tiling: bool = False, slicing: bool = False):
         raise ValueError("model.vae_tiling is true, but diffusers cannot tile this autoencoder; set it to false")
     if tiling: pipe.vae.enable_tiling()
     if slicing: pipe.vae.enable_slicing()
+
+# %% ../../nbs/training/30_loading.ipynb #f020f9f7
+def model_digests(model: ModelConfig, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """{part: digest of what it is loaded from} of a model's parts, its table of contents and its tiny VAE among them, but for
+    those called as in `without`.
+
+    What is on the hub is downloaded first. Raises FileNotFoundError or OSError of one line, as `load_pipeline` does.
+    """
+    source, index = pipeline_source(model.path), model_index(model.path, model.revision)
+    parts = [name for name, part in index.items() if isinstance(part, (list, tuple)) and part[1]]
+    with pipeline_errors(model.path):
+        if not isinstance(source, Path):
+            source = Path(diffusers.DiffusionPipeline.download(source, revision=model.revision, use_safetensors=True))
+        places = {name: source / name for name in parts} | {"model_index.json": source / "model_index.json"}
+        found = {name: digest(place) for name, place in places.items() if name not in without}
+    if not model.tiny_vae or "tiny_vae" in without: return found
+    with pipeline_errors(model.tiny_vae, "model.tiny_vae"):
+        local = Path(model.tiny_vae).exists()
+        files = ["config.json", "diffusion_pytorch_model.safetensors"]
+        return found | {"tiny_vae": digest(model.tiny_vae if local else snapshot_download(model.tiny_vae, allow_patterns=files))}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['numbered', 'leaves', 'recipe_changes', 'change_lines', 'class_of', 'harmless_options', 'check_changes',
-           'prompts_digest', 'check_prompts', 'lock_run']
+           'prompts_digest', 'check_prompts', 'check_model', 'lock_run']
 
 # %% ../../nbs/runs/71_resume.ipynb #c003
 import hashlib
@@ -86,6 +86,14 @@ def check_prompts(old: dict[str, str], new: dict[str, str]):
     for option, (before, now) in recipe_changes(old, new).items():
         raise ValueError(f"{option} no longer gives the prompts of the checkpoint (SHA-256 of the rows {before[:8]}, now "
                          f"{now[:8]}): put the file back to resume, or start another run")
+
+
+def check_model(old: dict[str, str], new: dict[str, str]):
+    "Raise ValueError that names the parts of the model whose digests {part: digest} are not those in the checkpoint."
+    changed = [f"{part} (digest {before}, now {now})" for part, (before, now) in recipe_changes(old, new).items()]
+    if changed:
+        raise ValueError(f"the model is not that of the checkpoint, it differs in {', '.join(changed)}: give the former one by "
+                         "model.path, model.revision and model.tiny_vae to resume, or start another run")
 
 # %% ../../nbs/runs/71_resume.ipynb #c015
 def lock_run(folder: Path):

@@ -22,12 +22,13 @@ from ..files import atomic_write
 from ..noise import epoch_prompts
 from ..plots import evenly_spaced
 from ..policies.base import load_policy
+from ..policies.loading import model_digests
 from ..prompts.files import check_rows, load_prompts
 from ..report import write_report
 from ..rewards.base import Reward, RewardError, make_reward
 from .callbacks import Clock, Every, Log, RatioCheck, SaveImages, SkipNonFinite, StopWhenAsked
 from .checkpoint import load_trainer, read_checkpoint, replace_folder, save_checkpoint, trainer_state
-from .resume import change_lines, check_prompts, prompts_digest, recipe_changes
+from .resume import change_lines, check_model, check_prompts, prompts_digest, recipe_changes
 from ..trainer import Trainer
 
 # %% ../../nbs/runs/75_session.ipynb #c005
@@ -80,6 +81,7 @@ class Session:
         self.clock, self.log, self.stop, self.stopping = Clock(), Log(folder), StopWhenAsked(), config.early_stopping
         first = [self.clock, RatioCheck(), SkipNonFinite(config.optim.max_nonfinite_updates), self.stop,
                  Every(config.evaluation.eval_every, before=lambda: self.held_out())]
+        self.parts = broadcast(accelerator, lambda: model_digests(config.model))  # of the model, each with its digest
         self.trainer = build_trainer(config, accelerator, reward, rows, self.test, first)
         self.stopping.attach(self.log.rows, config.objective)
         self.trainer.callbacks += [self.log, SaveImages(self.folder / "samples", config.log_images_every), self.stopping,
@@ -115,7 +117,8 @@ def evaluate_before(self: Session) -> Evaluation:
 def evaluation_settings(self: Session) -> dict:
     "All that a held-out evaluation depends on, beside the weights."
     c = self.config.evaluation
-    return {"rows": prompts_digest(self.test), "num_inference_steps": c.num_inference_steps, "guidance_scale": c.guidance_scale,
+    parts = {name: found for name, found in self.parts.items() if name != "tiny_vae"}  # which only decodes what is not finished
+    return {"model": parts, "rows": prompts_digest(self.test), "num_inference_steps": c.num_inference_steps, "guidance_scale": c.guidance_scale,
             "rewards": {name: reward.version for name, reward in self.rewards.items()}}
 
 # %% ../../nbs/runs/75_session.ipynb #c012
@@ -162,7 +165,7 @@ def save(self: Session):
     if self.saved == self.trainer.epoch: return
     folder, part = self.folder / "checkpoints", self.folder / "checkpoints" / "weights.part"
     tensors, state = trainer_state(self.trainer)
-    state |= {"recipe": self.config.recipe(), "prompts": {"prompts.train": prompts_digest(self.trainer.rows)}}
+    state |= {"recipe": self.config.recipe(), "prompts": {"prompts.train": prompts_digest(self.trainer.rows)}, "model": self.parts}
     def also(path):
         shutil.copy(self.log.path, path)
         if self.config.model.lora_rank: (part / "lora").rename(path / "lora")
@@ -177,11 +180,12 @@ def save(self: Session):
 # %% ../../nbs/runs/75_session.ipynb #c017
 @patch
 def restore(self: Session, path: Path | None):
-    "Go back to the checkpoint at `path`, or to the beginning if it is None; ValueError if the prompts are others."
+    "Go back to the checkpoint at `path`, or to the beginning if it is None; ValueError if prompts or model are others."
     log = path / "metrics.jsonl" if path else None
     if path:
         tensors, state = read_checkpoint(path)
         check_prompts(state["prompts"], {"prompts.train": prompts_digest(self.trainer.rows)})
+        check_model(state.get("model", {}), self.parts)
         load_trainer(self.trainer, tensors, state)
         self.saved = self.trainer.epoch
     lines = log.read_text(encoding="utf-8").splitlines() if log else []
