@@ -62,7 +62,8 @@ def test_null_counts_as_absent(tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        {"include": "a cat"}, {"include": [None]}, {"include": [CLAUSE | {"count": "1"}]}, {"include": [CLAUSE | {"count": 1.0}]},
+        {"include": "a cat"}, {"include": [None]}, {"include": [CLAUSE | {"count": "1"}]},
+        {"include": [CLAUSE | {"count": 1.0}]},
         {"include": [CLAUSE | {"color": 3}]}, {"include": [CLAUSE], "exclude": "dogs"}, {"include": {"class": "cat"}},
         {"include": [CLAUSE | {"position": "above"}]}, {"include": [{"class": None, "count": 1}]},
         {"include": [CLAUSE, {"class": "dog", "count": 1, "position": ["above", "0"]}]},
@@ -234,14 +235,14 @@ def workbook(file):
         ("rows", lambda path: path.write_text('<?xml version="1.0"?><rows/>'), "is XML"),
         ("rows.yaml", lambda path: path.write_text("- a cat\n- a dog\n"), "is a .yaml file"),
         ("rows.ipynb", lambda path: path.write_text('{"cells": []}'), "is a .ipynb file"),
-        ("rows.txt", lambda path: path.write_text("a cat\n", encoding="utf-16"), "line 1: not UTF-8 (but UTF-16); convert"),
-        ("rows.csv", lambda path: path.write_text("prompt\na", encoding="utf-16"), "line 1: not UTF-8 (but UTF-16); convert"),
+        ("rows.txt", lambda path: path.write_text("a cat\n", encoding="utf-16"), "line 1: not UTF-8 (but UTF-16)"),
+        ("rows.csv", lambda path: path.write_text("prompt\na", encoding="utf-16"), "line 1: not UTF-8 (but UTF-16)"),
         ("rows.txt", lambda path: path.write_bytes("a cat\n".encode("utf-16-le")), "line 1: `prompt` holds '\\x00'"),
         ("rows.txt", lambda path: path.write_text("id,Prompt\n1,a cat\n"), "line 1: the names of a table's columns"),
         ("rows.txt", lambda path: path.write_text("prompt\ttag\na cat\tx\n"), "name such a file .csv or .tsv"),
         ("rows.txt", lambda path: path.write_text("a cat\n{'prompt': 'a dog'}\n"), "line 2: a JSON object"),
         ("rows.txt", lambda path: path.write_text('[\n  {\n    "prompt": "a'), "line 1: '[' is a piece of JSON"),
-        ("rows.jsonl", lambda path: path.write_text('{"prompt": "a", "prompt": "b"}'), "the key 'prompt' comes twice; keep one"),
+        ("rows.jsonl", lambda path: path.write_text('{"prompt": "a", "prompt": "b"}'), "the key 'prompt' comes twice"),
     ],
 )  # fmt: skip
 def test_what_is_no_file_of_prompts_is_called_by_its_name(tmp_path, name, write, message):
@@ -271,7 +272,8 @@ def test_text_stays_text(tmp_path):
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "two\nlines"}, {"prompt": " a cat"}, {"prompt": "a cat\u2028a dog"}, {"prompt": '{"a": 1}'}, {"prompt": "["},
+        {"prompt": "two\nlines"}, {"prompt": " a cat"}, {"prompt": "a cat\u2028a dog"}, {"prompt": '{"a": 1}'},
+        {"prompt": "["},
         {"prompt": 'a sign that says "CAT"', "target": "DOG"}, {"prompt": "a sign", "target": "CAT"},
     ],
 )  # fmt: skip
@@ -374,9 +376,8 @@ def test_any_table_is_read_whole_or_refused(tmp_path, rows, delimiter, dos):
     path = tmp_path / "rows.csv"
     try:
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(
-                file, ("prompt", "tag"), delimiter=delimiter, lineterminator="\r\n" if dos else "\n"
-            )
+            options = {"delimiter": delimiter, "lineterminator": "\r\n" if dos else "\n", "quoting": csv.QUOTE_ALL}
+            writer = csv.DictWriter(file, ("prompt", "tag"), **options)
             writer.writeheader()
             writer.writerows(rows)
     except UnicodeEncodeError:
