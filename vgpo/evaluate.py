@@ -39,6 +39,7 @@ from .policies.loading import ModelConfig, PipelineConfig, pipeline_source, quie
 from .prompts.files import load_prompts, prompt_sources
 from .rewards.base import RewardError, imported, make_reward, options_of, reward_classes
 from .rewards.weights import weights_digest
+from .text import save_figure
 
 # %% ../nbs/practice/82_evaluate.ipynb #c007
 def model_id(path: str) -> str:
@@ -210,9 +211,8 @@ def compare_models(before: str, after: str, output: str | None = None):
           "± is one standard error of the difference.")
     first, second = (Path(folder).resolve().name for folder in (before, after))
     folder = Path(output) if output else Path(after).resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    change_plot(change, f"{second} minus {first}").savefig(folder / f"change-{first}-{second}.png", dpi=150)
-    print(f"figure: {folder / f'change-{first}-{second}.png'}")
+    figure = folder / f"change-{first}-{second}.png"
+    if save_figure(figure, lambda: change_plot(change, f"{second} minus {first}"), dpi=150): print(f"figure: {figure}")
 
 
 def evaluate_parser() -> Parser:
