@@ -107,7 +107,7 @@ def check_at_least(**limits: float | None):
 class SampleOptions:
     "What is drawn. What is not given is as the run or the recipe has it."
     prompts: str | None = None
-    """a source such as `geneval`, a .txt or .jsonl file, or `module:function`"""
+    """a source such as `geneval`, a .txt, .jsonl, .json, .csv or .tsv file, or `module:function`"""
     num_samples: int | None = None
     """number of images, or as many as there are prompts for"""
     images_per_prompt: int = 1
@@ -198,7 +198,8 @@ def evaluate_model(o: EvaluateOptions):
         f = EvaluationFolder(Path(folder), rows, o.images_per_prompt, o.batch_size or config.rollout.micro_batch_size,
                              state.process_index, state.num_processes)
         settings = settings_of(f, source, config.model, drawn, o.seed, weights)
-        evaluate_in_folder(f, settings, lambda: open_policy(config, weights, device), makers, drawn, state, o.seed,
+        noted = rows if state.is_main_process else []
+        evaluate_in_folder(f, settings, lambda: open_policy(config, weights, device).note_cut(noted), makers, drawn, state, o.seed,
                            config.rollout.reward_timeout)
         if not state.is_main_process: return
         asked = {"model": o.model, "lora": o.lora, "commit": hub_commit(config.model), "libraries": library_versions()}

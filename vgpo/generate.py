@@ -108,6 +108,7 @@ class GenerateOptions:
 def generate_files(o: GenerateOptions):
     "Draw images of prompts: a PNG for each, and grid.png; raises ValueError or OSError of one line."
     policy, config = load_run(o.run, pick_device(), o.model) if o.run else open_model(o.model, o.recipe, pick_device())
+    policy.note_cut([{"prompt": prompt} for prompt in o.prompts])
     steps = o.num_inference_steps or config.evaluation.num_inference_steps
     guidance = config.evaluation.guidance_scale if o.guidance_scale is None else o.guidance_scale
     images = generate(policy, o.prompts, o.num_images_per_prompt, o.seed, steps, guidance, config.rollout.micro_batch_size)

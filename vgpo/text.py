@@ -7,6 +7,7 @@ __all__ = ['PLAIN', 'UNDRAWN', 'MOST_PIXELS', 'printable', 'figure_text', 'markd
 
 # %% ../nbs/training/43_text.ipynb #c002
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -58,6 +59,6 @@ def save_figure(path: Path, draw: Callable[[], Figure], dpi: float = 110) -> boo
         atomic_write(path, content.getvalue())
     except UNDRAWN as e:
         with suppress(OSError): path.unlink(missing_ok=True)
-        tqdm.write(f"warning: {printable(path)} was not drawn ({' '.join(printable(e).split())[:200] or type(e).__name__})")
+        tqdm.write(f"warning: {printable(path)} was not drawn ({' '.join(printable(e).split())[:200] or type(e).__name__})", file=sys.stderr)
         return False
     return True

@@ -81,6 +81,7 @@ class Session:
         first = [self.clock, RatioCheck(), SkipNonFinite(config.optim.max_nonfinite_updates), self.stop,
                  Every(config.evaluation.eval_every, before=lambda: self.held_out())]
         self.trainer = build_trainer(config, accelerator, reward, rows, self.test, first)
+        if self.main: self.trainer.policy.note_cut([*rows, *self.test])
         self.stopping.attach(self.log.rows, config.objective)
         self.trainer.callbacks += [self.log, SaveImages(self.folder / "samples", config.log_images_every), self.stopping,
                                    Every(config.save_every, after=lambda: self.save())]
