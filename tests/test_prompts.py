@@ -169,7 +169,7 @@ def test_jsonl_files_keep_what_the_reward_needs(tmp_path):
         {"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "two benches"},
         {"prompt": "line\u2028separator", "negative_prompt": "blur", "mine": [1, {"a": None}]},
         {"prompt": "a cat", "tag": "of my own", "include": "anything"},
-        {"prompt": " a dog ", "tag": ["counting"], "negative_prompt": None},
+        {"prompt": " a dog ", "tag": "counting", "negative_prompt": None},
     ]
     file = tmp_path / "rows.JSONL"
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")

@@ -23,6 +23,7 @@ from .open_run import load_run, open_model, pick_device
 from .plots import image_grid
 from .policies.base import Policy
 from .policies.loading import quiet
+from .text import save_figure
 
 # %% ../nbs/practice/83_generate.ipynb #c006
 def seeded_noise(shape: tuple[int, ...], seed: int, count: int) -> torch.Tensor:
@@ -63,7 +64,7 @@ def save_images(images: np.ndarray, prompts: list[str], num_images_per_prompt: i
         Image.fromarray(image).save(paths[-1], pnginfo=info)
     captions = [f"{prompt}\nseed {settings['seed'] + i}" for prompt in prompts for i in range(num_images_per_prompt)]
     columns = min(num_images_per_prompt, 8) if num_images_per_prompt > 1 else 8
-    image_grid(images, captions, columns=columns).savefig(folder / "grid.png", dpi=150)
+    save_figure(folder / "grid.png", lambda: image_grid(images, captions, columns=columns), dpi=150)
     return paths
 
 # %% ../nbs/practice/83_generate.ipynb #c025
@@ -107,6 +108,7 @@ class GenerateOptions:
 def generate_files(o: GenerateOptions):
     "Draw images of prompts: a PNG for each, and grid.png; raises ValueError or OSError of one line."
     policy, config = load_run(o.run, pick_device(), o.model) if o.run else open_model(o.model, o.recipe, pick_device())
+    policy.note_cut([{"prompt": prompt} for prompt in o.prompts])
     steps = o.num_inference_steps or config.evaluation.num_inference_steps
     guidance = config.evaluation.guidance_scale if o.guidance_scale is None else o.guidance_scale
     images = generate(policy, o.prompts, o.num_images_per_prompt, o.seed, steps, guidance, config.rollout.micro_batch_size)
@@ -114,7 +116,7 @@ def generate_files(o: GenerateOptions):
     settings = {"model": config.model.path, "run": o.run or "", "seed": o.seed, "num_inference_steps": steps,
                 "guidance_scale": guidance, "max_sequence_length": policy.max_sequence_length}
     for path in save_images(images, o.prompts, o.num_images_per_prompt, folder, settings): print(path)
-    print(folder / "grid.png")
+    if (folder / "grid.png").is_file(): print(folder / "grid.png")
 
 # %% ../nbs/practice/83_generate.ipynb #c032
 def main(argv: list[str] | None = None):

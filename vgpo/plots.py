@@ -8,13 +8,13 @@ __all__ = ['LETTER', 'CURVES', 'HELD_OUT', 'wrap_caption', 'check_grid', 'line_c
 
 # %% ../nbs/evaluation/58_plots.ipynb #c002
 from collections.abc import Sequence
-from textwrap import wrap
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .rewards.base import Scores
+from .text import PLAIN, figure_text
 
 # %% ../nbs/evaluation/58_plots.ipynb #c009
 LETTER = 0.6  # mean width of a letter, in units of the font's size
@@ -22,8 +22,7 @@ LETTER = 0.6  # mean width of a letter, in units of the font's size
 
 def wrap_caption(text: str, width: float, fontsize: float = 6) -> str:
     "`text` broken into lines that fit `width` inches at `fontsize` points, Eq. (1); its own line breaks stay."
-    letters = max(1, int(72 * width / (LETTER * fontsize)))
-    return "\n".join(part for line in str(text).split("\n") for part in wrap(line, letters) or [""])
+    return figure_text(text, max(1, int(72 * width / (LETTER * fontsize))))
 
 # %% ../nbs/evaluation/58_plots.ipynb #c012
 def check_grid(images: Sequence, **lists: Sequence | None):
@@ -63,10 +62,11 @@ def image_grid(images: Sequence[np.ndarray], captions: Sequence[str] | None = No
     for axis in axes.flat: axis.set(xticks=[], yticks=[], frame_on=False)
     for axis, image, caption, mark in zip(axes.flat, images, texts, marks if marks is not None else [None] * len(images)):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(caption, fontsize=fontsize, pad=3, parse_math=False)
+        axis.set_title(caption, fontsize=fontsize, pad=3, **PLAIN)
         if mark is not None: frame(axis, mark)
-    for axis, label in zip(axes[:, 0], row_labels or []): axis.set_ylabel(label, fontsize=fontsize + 2, parse_math=False)
-    if title: figure.suptitle(title, fontsize=9, parse_math=False)
+    for axis, label in zip(axes[:, 0], row_labels or []):
+        axis.set_ylabel(wrap_caption(label, size, fontsize + 2), fontsize=fontsize + 2, **PLAIN)
+    if title: figure.suptitle(title, fontsize=9, **PLAIN)
     return figure
 
 # %% ../nbs/evaluation/58_plots.ipynb #c022

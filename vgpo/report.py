@@ -7,6 +7,7 @@ __all__ = ['REPORT', 'report_table', 'report_sheet', 'weights_note', 'report_res
 
 # %% ../nbs/evaluation/59_report.ipynb #c003
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from .evaluation.scores import Evaluation
 from .evaluation.statistics import table_cell
 from .files import atomic_write
 from .plots import before_after, training_curves
+from .text import markdown, save_figure
 
 # %% ../nbs/evaluation/59_report.ipynb #c005
 def report_table(before: Evaluation, after: Evaluation) -> str:
@@ -26,10 +28,10 @@ def report_table(before: Evaluation, after: Evaluation) -> str:
         for key, label in labels.items():
             if key not in after.summary[name]: continue
             b, a, d = (found[name][key] for found in (before.summary, after.summary, change))
-            title = label if name == "reward" else f"{name}: {label}"
+            title = label if name == "reward" else f"{markdown(name)}: {label}"
             lines.append(f"| {title} | {b['mean']:.3f} | {a['mean']:.3f} | {table_cell(d, '+')} |")
             if key == "strict" and len(b["by_task"]) > 1:
-                lines += [f"| {title}, {task} | {b['by_task'][task]['mean']:.3f} | {a['by_task'][task]['mean']:.3f} | "
+                lines += [f"| {title}, {markdown(task)} | {b['by_task'][task]['mean']:.3f} | {a['by_task'][task]['mean']:.3f} | "
                           f"{table_cell(d['by_task'][task], '+')} |" for task in b["by_task"]]
     return "\n".join(lines)
 
@@ -60,7 +62,9 @@ steps at guidance {guidance}. ± is one standard error of the paired difference.
 ![Curves: thin, each epoch; thick, the mean of ten](curves.png)
 
 {weights}
-Draw with it: `python -m vgpo.generate --run {folder} "a prompt"`.
+Draw with it:
+
+    python -m vgpo.generate --run {folder} "a prompt"
 """
 
 
@@ -83,13 +87,14 @@ def write_report(folder: Path, config, before: Evaluation, after: Evaluation, me
 
     `metrics` are the rows of metrics.jsonl, `warnings` sentences with which the report begins.
     """
-    report_sheet(before, after).savefig(folder / "before_after.png", dpi=130)
-    training_curves(metrics).savefig(folder / "curves.png", dpi=110)
     atomic_write(folder / "results.json", json.dumps(report_results(before, after, len(metrics), seconds, warnings), indent=1))
     section = "".join(f"- {text}\n" for text in warnings)
     atomic_write(folder / "report.md", REPORT.format(
-        name=config.name, credit=type(config.credit).__name__, seed=config.seed, epochs=len(metrics), folder=folder,
+        name=markdown(config.name), credit=type(config.credit).__name__, seed=config.seed, epochs=len(metrics),
+        folder=shlex.quote(str(folder)),
         prompts=config.rollout.prompts_per_epoch, group_size=config.rollout.group_size, seconds=seconds,
         images=len(before.rows), steps=config.evaluation.num_inference_steps, guidance=config.evaluation.guidance_scale,
         table=report_table(before, after), weights=weights_note(config.model.lora_rank),
         warnings=f"## Warnings\n\n{section}\n## Results\n\n" if section else ""))
+    save_figure(folder / "before_after.png", lambda: report_sheet(before, after), dpi=130)
+    save_figure(folder / "curves.png", lambda: training_curves(metrics), dpi=110)

@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from ..text import markdown
+
 # %% ../../nbs/evaluation/53_statistics.ipynb #c006
 def variance_of_mean(values: np.ndarray, clusters=None, largest_variance: float = 0.25) -> float:
     """Estimated variance of the mean of values (N,): Eq. (2), or Eq. (5) if `clusters` (N,) says which belong together.
@@ -88,6 +90,7 @@ def metrics_table(metrics: dict, sign: str = "") -> str:
         rows += [[name, task, *(table_cell(part and part["by_task"][task], sign) for part in parts), ""] for task in tasks]
         label = "mean over tasks" if tasks else "all"
         rows.append([name, label, *(table_cell(part, sign) for part in parts), interval_cell(parts[1] or parts[0], sign)])
+    rows[1:] = [[markdown(name), markdown(task), *cells] for name, task, *cells in rows[1:]]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths))} |" for row in rows)

@@ -8,6 +8,7 @@ __all__ = ['Policy', 'subclasses', 'policy_classes', 'load_policy', 'meta_policy
 # %% ../../nbs/training/34_policy.ipynb #c003
 import math
 import pkgutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 from fastcore.basics import patch
+from tqdm.auto import tqdm
 
 import vgpo.policies
 from ..files import digest
@@ -31,6 +33,7 @@ class Policy:
     "A diffusers pipeline as a policy: its transformer is trained, by adapters or as a whole, everything else is frozen."
     pipeline_class: str | None = None  # name of the diffusers pipeline that a subclass is for
     default_tokens, token_range = 512, (1, 512)  # of a prompt in the large text encoder
+    unseen_tokens = 0  # of what `chat` puts before a prompt, which the encoder reads and the network is not given
     targets = lora.LORA_TARGETS  # layers that are adapted, by the end of their names
 
     def latent_spec(self) -> LatentSpec: "How large the latents are."; raise NotImplementedError
@@ -65,6 +68,7 @@ def __init__(self: Policy, pipe, model: ModelConfig | None = None, device: str |
     self.tiny_vae = self.reference_weights = None
     self.autocast = False  # whether the network's weights are float32 and its arithmetic is not
     self.grad_scale = 128.0 * math.prod(self.latent_shape) if self.dtype == torch.float16 else 1.0
+    self.tokenizers = {name: getattr(pipe, name.replace("text_encoder", "tokenizer"), None) for name in networks(pipe, "text_encoder")}
     freeze(pipe, device)
     for part in networks(pipe, "text_encoder" if self.precomputes else "").values(): part.to(device)
 
@@ -300,3 +304,53 @@ def encode_example(self: Policy) -> list[torch.Tensor]:
     def encode(part, n): return part(torch.zeros(1, n, dtype=torch.long, device=self.device), output_hidden_states=True)[0]
     encoders = networks(self.pipe, "text_encoder")
     return [encode(encoders[name], n) for name, n in self.encoder_tokens().items() if n and name in encoders]
+
+# %% ../../nbs/training/34_policy.ipynb #t342
+@patch
+def chat(self: Policy, prompt: str) -> str:
+    "The text that the pipeline hands to its tokenizers for a prompt."
+    return prompt
+
+
+@patch
+def read_tokens(self: Policy, prompts: Sequence[str], cut: bool = True) -> dict[str, list[list[int]]]:
+    "{text encoder: the tokens of each prompt}, those that it reads or all of them; without encoders that read none."
+    texts, most = [self.chat(prompt) for prompt in prompts], self.encoder_tokens()
+    return {name: tokenizer(texts, truncation=cut, max_length=most[name] + self.unseen_tokens if cut else None, verbose=False).input_ids
+            for name, tokenizer in self.tokenizers.items() if texts and tokenizer and most.get(name)}
+
+# %% ../../nbs/training/34_policy.ipynb #t343
+@patch
+def cut_prompts(self: Policy, prompts: Sequence[str]) -> tuple[dict[str, list[int]], list[list[int]]]:
+    "({text encoder: which of the prompts it does not read to their end}, groups of prompts that are the same for this reason)."
+    whole, most = self.read_tokens(prompts, cut=False), self.encoder_tokens()
+    cut = {name: [i for i, n in enumerate(ids) if len(n) > most[name] + self.unseen_tokens] for name, ids in whole.items()}
+    shortened, alike = set().union(*cut.values()), {}
+    if not shortened: return {}, []
+    for i, tokens in enumerate(zip(*self.read_tokens(prompts).values())): alike.setdefault(tuple(map(tuple, tokens)), []).append(i)
+    return {name: found for name, found in cut.items() if found}, [same for same in alike.values() if len(same) > 1 and shortened & {*same}]
+
+# %% ../../nbs/training/34_policy.ipynb #t345
+@patch
+def cut_note(self: Policy, rows: Sequence[dict]) -> str | None:
+    "One line about the prompts of rows that the text encoders do not read to their end, how many and the first; or None."
+    first = {row["prompt"]: getattr(row, "where", None) for row in reversed(rows)}  # of equal prompts
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    cut, alike = self.cut_prompts(prompts)
+    if not cut: return None
+    def where(i): return first[prompts[i]] or repr(prompts[i] if len(prompts[i]) < 80 else f"{prompts[i][:50]} ... {prompts[i][-20:]}")
+    most, numbers = self.encoder_tokens(), sorted(set().union(*cut.values()))
+    line = (f"note: {len(numbers)} of {len(prompts)} prompts are longer than the text encoders read, and are cut: "
+            f"{', '.join(f'{len(found)} at the {most[name]} tokens of {name}' for name, found in cut.items())}; the first is {where(numbers[0])}")
+    if alike:
+        line += (f"; {sum(map(len, alike))} are the same as another one after the cut, such as {where(alike[0][0])} and "
+                 f"{where(alike[0][1])}, and count as different prompts all the same")
+    more = any(most[name] == self.max_sequence_length < self.token_range[1] for name in cut)
+    return line + ("; shorten them, or raise model.max_sequence_length" if more else "; shorten them")
+
+
+@patch
+def note_cut(self: Policy, rows: Sequence[dict]) -> Policy:
+    "The policy itself, after `cut_note` was written to the terminal, if there is one."
+    if note := self.cut_note(rows): tqdm.write(note, file=sys.stderr)
+    return self

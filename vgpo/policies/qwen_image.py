@@ -19,6 +19,9 @@ class QwenImagePolicy(PackedPolicy):
     pipeline_class, token_range = "QwenImagePipeline", (1, 1024)
     targets = (*LORA_TARGETS, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
+    @property
+    def unseen_tokens(self): return self.pipe.prompt_template_encode_start_idx
+
     def encode_one(self, prompt):
         text, _ = self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=self.max_sequence_length)
         return PromptEmbeds(text, mask=text.new_ones(text.shape[:2], dtype=torch.bool))
@@ -32,6 +35,12 @@ class QwenImagePolicy(PackedPolicy):
         tokens = self.network(pack(x), embeds.text, embeds.mask, sigma,
                               [[(1, side // 2, side // 2)]] * len(x), return_dict=False)[0]
         return unpack(tokens, side)
+
+# %% ../../nbs/models/62_qwen_image.ipynb #t622
+@patch
+def chat(self: QwenImagePolicy, prompt: str) -> str:
+    "The conversation that the pipeline stages around a prompt."
+    return self.pipe.prompt_template_encode.format(prompt)
 
 # %% ../../nbs/models/62_qwen_image.ipynb #c019
 @patch

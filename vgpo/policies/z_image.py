@@ -48,6 +48,13 @@ def encode_one(self: ZImagePolicy, prompt: str) -> PromptEmbeds:
 
 
 @patch
+def chat(self: ZImagePolicy, prompt: str) -> str:
+    "The conversation that the pipeline stages around a prompt."
+    return self.tokenizers["text_encoder"].apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True)
+
+
+@patch
 def example_embeds(self: ZImagePolicy, batch_size: int) -> PromptEmbeds:
     "PromptEmbeds of zeros, of the greatest length."
     return zero_embeds(batch_size, self.max_sequence_length, self.pipe.transformer.config.cap_feat_dim,

@@ -27,6 +27,7 @@ from ..distributed import Stop, raise_on_all_ranks
 from ..losses import RATIO_TOLERANCE
 from ..plots import image_grid
 from ..policies.shard import is_sharded
+from ..text import save_figure
 
 # %% ../../nbs/runs/73_callbacks.ipynb #c005
 class Clock(Callback):
@@ -217,8 +218,7 @@ class SaveImages(Callback):
         shown = [(image, f"{row['prompt']}\n{raw:.2f}") for batch in trainer.batches
                  for image, row, raw in zip(batch.images, batch.rows, batch.scores.raw.tolist())][:32]
         images, captions = zip(*shown)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        image_grid(images, captions, title=f"epoch {epoch}").savefig(self.folder / f"epoch-{epoch:04d}.png", dpi=110)
+        save_figure(self.folder / f"epoch-{epoch:04d}.png", lambda: image_grid(images, captions, title=f"epoch {epoch}"))
 
 # %% ../../nbs/runs/73_callbacks.ipynb #c025
 class Every(Callback):

@@ -83,6 +83,7 @@ class Session:
                  Every(config.evaluation.eval_every, before=lambda: self.held_out())]
         self.parts = broadcast(accelerator, lambda: model_digests(config.model))  # of the model, each with its digest
         self.trainer = build_trainer(config, accelerator, reward, rows, self.test, first)
+        if self.main: self.trainer.policy.note_cut([*rows, *self.test])
         self.stopping.attach(self.log.rows, config.objective)
         self.trainer.callbacks += [self.log, SaveImages(self.folder / "samples", config.log_images_every), self.stopping,
                                    Every(config.save_every, after=lambda: self.save())]
