@@ -37,6 +37,7 @@ from .open_run import open_policy, pick_device, read_model
 from .policies.loading import ModelConfig, PipelineConfig, model_digests, quiet
 from .prompts.files import load_prompts, prompt_sources
 from .rewards.base import RewardError, imported, make_reward, options_of, reward_classes
+from .text import save_figure
 
 # %% ../nbs/practice/82_evaluate.ipynb #c007
 def cluster_of(source: str) -> str:
@@ -98,7 +99,7 @@ def check_at_least(**limits: float | None):
 class SampleOptions:
     "What is drawn. What is not given is as the run or the recipe has it."
     prompts: str | None = None
-    """a source such as `geneval`, a .txt or .jsonl file, or `module:function`"""
+    """a source such as `geneval`, a .txt, .jsonl, .json, .csv or .tsv file, or `module:function`"""
     num_samples: int | None = None
     """number of images, or as many as there are prompts for"""
     images_per_prompt: int = 1
@@ -189,7 +190,8 @@ def evaluate_model(o: EvaluateOptions):
         f = EvaluationFolder(Path(folder), rows, o.images_per_prompt, o.batch_size or config.rollout.micro_batch_size,
                              state.process_index, state.num_processes)
         settings = settings_of(f, source, config.model, drawn, o.seed, weights)
-        evaluate_in_folder(f, settings, lambda: open_policy(config, weights, device), makers, drawn, state, o.seed,
+        noted = rows if state.is_main_process else []
+        evaluate_in_folder(f, settings, lambda: open_policy(config, weights, device).note_cut(noted), makers, drawn, state, o.seed,
                            config.rollout.reward_timeout)
         if not state.is_main_process: return
         asked = {"model": o.model, "lora": o.lora, "commit": hub_commit(config.model), "libraries": library_versions()}
@@ -202,9 +204,8 @@ def compare_models(before: str, after: str, output: str | None = None):
           "± is one standard error of the difference.")
     first, second = (Path(folder).resolve().name for folder in (before, after))
     folder = Path(output) if output else Path(after).resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    change_plot(change, f"{second} minus {first}").savefig(folder / f"change-{first}-{second}.png", dpi=150)
-    print(f"figure: {folder / f'change-{first}-{second}.png'}")
+    figure = folder / f"change-{first}-{second}.png"
+    if save_figure(figure, lambda: change_plot(change, f"{second} minus {first}"), dpi=150): print(f"figure: {figure}")
 
 
 def evaluate_parser() -> Parser:
