@@ -31,6 +31,7 @@ class Policy:
     pipeline_class: str | None = None  # name of the diffusers pipeline that a subclass is for
     default_tokens, token_range = 512, (1, 512)  # of a prompt in the large text encoder
     targets = lora.LORA_TARGETS  # layers that are adapted, by the end of their names
+    timestep_divisor: int | None = None  # what the pipeline divides the scheduler's timesteps by, if that is a constant
 
     def latent_spec(self) -> LatentSpec: "How large the latents are."; raise NotImplementedError
 
@@ -47,7 +48,7 @@ class Policy:
 # %% ../../nbs/training/34_policy.ipynb #c008
 @patch
 def __init__(self: Policy, pipe, model: ModelConfig | None = None, device: str | torch.device = "cpu"):
-    "A policy without adapters; raises ValueError where model.resolution or model.max_sequence_length does not fit."
+    "A policy without adapters; raises ValueError where options or the pipeline's scheduler do not fit."
     model = model or ModelConfig()
     self.pipe, self.device, self.network, self.dtype = pipe, torch.device(device), pipe.transformer, pipe.transformer.dtype
     self.max_sequence_length = self.default_tokens if model.max_sequence_length is None else model.max_sequence_length
@@ -55,6 +56,7 @@ def __init__(self: Policy, pipe, model: ModelConfig | None = None, device: str |
     spec = self.latent_spec()
     side = latent_side(spec, pipe.vae_scale_factor, model.resolution)
     self.latent_shape, self.image_tokens = (spec.channels, side, side), (side // spec.patch) ** 2
+    loading.check_scheduler(pipe.scheduler, self.sigmas, self.timestep_divisor)
     disk = model.embedding_cache and EmbeddingCache(
         model.embedding_cache, model.path, model.revision, self.dtype, self.max_sequence_length)
     self.encoder, self.empty = PromptEncoder(self.encode_one, disk), None  # the latter: embeds of the empty prompt

@@ -7,12 +7,13 @@ __all__ = ['TINY', 'HINTS', 'FAULTS', 'OTHER_HALVES', 'CONFIGS', 'PipelineConfig
            'pipeline_source', 'hub_hint', 'one_line', 'pipeline_errors', 'load_network', 'check_parts', 'model_index',
            'read_part', 'part_class', 'load_networks', 'load_pipeline', 'quiet', 'networks', 'freeze', 'read_configs',
            'part_from_config', 'pipeline_from_configs', 'LatentSpec', 'latent_side', 'check_tokens', 'resolution_shift',
-           'load_tiny_vae', 'check_tiny_vae', 'reduce_vae_memory']
+           'check_scheduler', 'load_tiny_vae', 'check_tiny_vae', 'reduce_vae_memory']
 
 # %% ../../nbs/training/30_loading.ipynb #c003
 import inspect
 import json
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -328,6 +329,26 @@ def resolution_shift(scheduler, image_tokens: int) -> dict[str, float]:
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     return {"mu": calculate_shift(image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)}
+
+# %% ../../nbs/training/30_loading.ipynb #3cf3f878
+def check_scheduler(scheduler, sigmas: Callable[[int], torch.Tensor], divisor: int | None = None):
+    """Raise ValueError unless a scheduler takes Euler's steps along a flow, from noise, sigma 1, to the image, sigma 0.
+
+    sigmas: the schedule (T+1,) of so many steps; divisor: what the pipeline divides timesteps by, if that is a constant.
+    """
+    kind, config, file = type(scheduler), scheduler.config, "the pipeline's scheduler_config.json"
+    if kind is not diffusers.FlowMatchEulerDiscreteScheduler:
+        raise ValueError(f"the pipeline's scheduler is a {kind.__name__}, and only a FlowMatchEulerDiscreteScheduler can be "
+                         "trained: take the model's own, and name it in scheduler/ and in model_index.json")
+    for option in ("stochastic_sampling", "invert_sigmas"):
+        if config[option]: raise ValueError(f"{file} has {option}, so its steps are not Euler's from noise to image; set it to false")
+    if divisor not in (None, config.num_train_timesteps):
+        raise ValueError(f"{file} has num_train_timesteps {config.num_train_timesteps}; this pipeline needs {divisor}")
+    try: levels = sigmas(10)
+    except FAULTS as e: raise ValueError(f"{file} gives no schedule ({one_line(e)}); take the model's own") from e
+    if not ((levels[0] - 1).abs() < 1e-3 and levels[-1] == 0 and (levels.diff() < 0).all()):
+        raise ValueError(f"{file} gives noise levels that do not fall from 1 to 0 but are {[round(v, 3) for v in levels.tolist()]}; "
+                         "take the model's own")
 
 # %% ../../nbs/training/30_loading.ipynb #c043
 def load_tiny_vae(path: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu"):
