@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TINY', 'HINTS', 'FAULTS', 'OTHER_HALVES', 'CONFIGS', 'PipelineConfig', 'TrainableConfig', 'ModelConfig',
            'pipeline_source', 'hub_hint', 'one_line', 'pipeline_errors', 'load_network', 'check_parts', 'model_index',
-           'read_part', 'part_class', 'load_networks', 'load_pipeline', 'quiet', 'networks', 'freeze', 'read_configs',
-           'part_from_config', 'pipeline_from_configs', 'LatentSpec', 'latent_side', 'check_tokens', 'resolution_shift',
-           'check_scheduler', 'load_tiny_vae', 'check_tiny_vae', 'reduce_vae_memory']
+           'listed_parts', 'read_part', 'part_class', 'load_networks', 'load_pipeline', 'quiet', 'networks', 'freeze',
+           'read_configs', 'part_from_config', 'pipeline_from_configs', 'LatentSpec', 'latent_side', 'check_tokens',
+           'resolution_shift', 'check_scheduler', 'load_tiny_vae', 'check_tiny_vae', 'reduce_vae_memory']
 
 # %% ../../nbs/training/30_loading.ipynb #c003
 import inspect
@@ -176,6 +176,11 @@ def model_index(path: str | Path, revision: str | None = None) -> dict:
     with pipeline_errors(path): return diffusers.DiffusionPipeline.load_config(source, revision=revision)
 
 
+def listed_parts(index: dict) -> dict[str, list]:
+    "{name: [library, class]} of the parts that a pipeline was saved with."
+    return {name: part for name, part in index.items() if isinstance(part, list) and name[0] != "_" and part != [None, None]}
+
+
 def read_part(folder: Path) -> dict:
     "The configuration in the folder of a pipeline's part: of a network, a scheduler or a tokenizer."
     found = {}
@@ -199,8 +204,7 @@ def part_class(folder: Path, library: str, kind: str) -> type:
 def load_networks(path: str | Path, folder: Path, index: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     "{name: network} of all parts of a pipeline's folder that are networks; OSError that names the part that is not whole."
     found = {}
-    for name, part in index.items():
-        if name.startswith("_") or not isinstance(part, list) or part == [None, None]: continue
+    for name, part in listed_parts(index).items():
         with pipeline_errors(path, part=name):
             cls = part_class(folder / name, *part)
             if issubclass(cls, torch.nn.Module): found[name] = load_network(cls, folder / name, dtype)
@@ -263,10 +267,12 @@ def read_configs(path: str | Path) -> dict[str, Any]:
     if not isinstance(source, Path):
         known = ", ".join(sorted(p.stem.replace("--", "/") for p in CONFIGS.glob("*--*.json")))
         raise FileNotFoundError(f"{path} has no configuration here; give a folder with it, or one of {known}")
-    index = json.loads((source / "model_index.json").read_text())
-    parts = {name: part[1] for name, part in index.items() if isinstance(part, list) and part[1]}
-    return {"_class_name": index["_class_name"]} | {
-        name: read_part(source / name) | {"_class_name": kind} for name, kind in parts.items()}
+    index = model_index(source)
+    found = {"_class_name": index["_class_name"]}
+    for name, part in listed_parts(index).items():
+        with pipeline_errors(path, part=name):
+            found[name] = read_part(source / name) | {"_class_name": part_class(source / name, *part).__name__}
+    return found
 
 # %% ../../nbs/training/30_loading.ipynb #c032
 def part_from_config(config: dict, dtype: torch.dtype, device: str | torch.device = "meta"):
