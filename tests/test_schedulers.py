@@ -50,44 +50,48 @@ def pair(request, tmp_path_factory):
     return Pair(family, folder, plain, policy, noise)
 
 
-def with_scheduler(pair, scheduler):
-    "A new policy of the same pipeline with another scheduler."
-    pair.policy.pipe.scheduler = scheduler
-    f = pair.family
-    options = {"resolution": f.resolution, "max_sequence_length": f.length, **f.options}
-    return type(pair.policy)(pair.policy.pipe, ModelConfig(str(pair.folder), **options))
+@pytest.fixture
+def with_scheduler(monkeypatch):
+    "A function: the policy that is loaded if the pipeline has another scheduler."
+
+    def load_with(scheduler):
+        pair.policy.pipe.scheduler = scheduler
+        monkeypatch.setattr("vgpo.policies.base.load_pipeline", lambda *_: pair.policy.pipe)
+        return load(pair.family, pair.folder)
+
+    return load_with
 
 
 @pytest.mark.parametrize("config", ACCEPTED, ids=str)
-def test_what_is_accepted_draws_what_plain_diffusers_draws(pair, config):
-    policy, pair.plain.scheduler = with_scheduler(pair, Euler(**config)), Euler(**config)
+def test_what_is_accepted_draws_what_plain_diffusers_draws(pair, with_scheduler, config):
+    policy, pair.plain.scheduler = with_scheduler(Euler(**config)), Euler(**config)
     assert_close(pair.family.pack(pair.draw(policy)), pair.draw_plain(), atol=1e-5, rtol=0)
     levels = policy.sigmas(3)
     assert abs(levels[0] - 1) < 1e-6 and levels[-1] == 0 and (levels.diff() < 0).all()
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED, ids=str)
-def test_steps_that_are_not_eulers_from_noise_to_image_are_refused(pair, config, message):
+def test_steps_that_are_not_eulers_from_noise_to_image_are_refused(with_scheduler, config, message):
     with pytest.raises(ValueError, match=message) as error:
-        with_scheduler(pair, Euler(**config))
+        with_scheduler(Euler(**config))
     assert "\n" not in str(error.value) and "scheduler_config.json" in str(error.value)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_schedulers_are_refused_by_name(pair, name):
+def test_other_schedulers_are_refused_by_name(with_scheduler, name):
     with pytest.raises(ValueError, match=f"is a {name}, and only a FlowMatchEulerDiscreteScheduler can be trained: take"):
-        with_scheduler(pair, getattr(diffusers, name)())
+        with_scheduler(getattr(diffusers, name)())
 
 
 @pytest.mark.parametrize("steps", [500, 2000])
-def test_another_unit_of_time(pair, steps):
+def test_another_unit_of_time(pair, with_scheduler, steps):
     "Some pipelines divide by 1000 whatever the scheduler's configuration says; the others follow it, and so do we."
     scheduler = Euler(num_train_timesteps=steps, shift=3.0)
     if pair.policy.timestep_divisor:
         with pytest.raises(ValueError, match=f"has num_train_timesteps {steps}; this pipeline needs 1000"):
-            with_scheduler(pair, scheduler)
+            with_scheduler(scheduler)
     else:
-        policy, pair.plain.scheduler = with_scheduler(pair, scheduler), scheduler
+        policy, pair.plain.scheduler = with_scheduler(scheduler), scheduler
         assert_close(pair.family.pack(pair.draw(policy)), pair.draw_plain(), atol=1e-5, rtol=0)
 
 

@@ -20,9 +20,19 @@ from accelerate.utils.memory import clear_device_cache
 from fastcore.basics import patch
 
 import vgpo.policies
+from ..files import check_weights
 from . import loading, lora
 from .embeds import EmbeddingCache, PromptEmbeds, PromptEncoder
-from .loading import LatentSpec, ModelConfig, check_tokens, freeze, latent_side, load_pipeline, networks
+from vgpo.policies.loading import (
+    LatentSpec,
+    ModelConfig,
+    check_tokens,
+    freeze,
+    latent_side,
+    load_network,
+    load_pipeline,
+    networks,
+)
 from .shard import repeated_blocks, reshard, shard_like, shard_network
 
 # %% ../../nbs/training/34_policy.ipynb #c006
@@ -48,7 +58,7 @@ class Policy:
 # %% ../../nbs/training/34_policy.ipynb #c008
 @patch
 def __init__(self: Policy, pipe, model: ModelConfig | None = None, device: str | torch.device = "cpu"):
-    "A policy without adapters; raises ValueError where options or the pipeline's scheduler do not fit."
+    "A policy without adapters; raises ValueError where model.resolution or model.max_sequence_length does not fit."
     model = model or ModelConfig()
     self.pipe, self.device, self.network, self.dtype = pipe, torch.device(device), pipe.transformer, pipe.transformer.dtype
     self.max_sequence_length = self.default_tokens if model.max_sequence_length is None else model.max_sequence_length
@@ -56,7 +66,6 @@ def __init__(self: Policy, pipe, model: ModelConfig | None = None, device: str |
     spec = self.latent_spec()
     side = latent_side(spec, pipe.vae_scale_factor, model.resolution)
     self.latent_shape, self.image_tokens = (spec.channels, side, side), (side // spec.patch) ** 2
-    loading.check_scheduler(pipe.scheduler, self.sigmas, self.timestep_divisor)
     disk = model.embedding_cache and EmbeddingCache(
         model.embedding_cache, model.path, model.revision, self.dtype, self.max_sequence_length)
     self.encoder, self.empty = PromptEncoder(self.encode_one, disk), None  # the latter: embeds of the empty prompt
@@ -223,13 +232,15 @@ def save(self: Policy, folder: str | Path, write: bool = True):
 
 
 @patch
-def load(self: Policy, folder: str | Path):
-    "Load what `save` wrote, and freeze it."
-    if (Path(folder) / "config.json").is_file():
-        weights = type(self.pipe.transformer).from_pretrained(folder).state_dict()
+def load(self: Policy, path: str | Path):
+    "Load what `save` wrote, or the file of a LoRA, and freeze it; ValueError or OSError of one line unless all of it fits."
+    if (Path(path) / "config.json").is_file():
+        with loading.pipeline_errors(path, "its files"): weights = load_network(type(self.pipe.transformer), path).state_dict()
+        shapes = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
+        check_weights(weights, shapes, path, "give the base model that they were trained on")
         self.network.float().load_state_dict(weights)
         self.autocast = self.dtype != torch.float32
-    else: self.pipe.load_lora_weights(folder)
+    else: lora.load_lora(self.pipe, path)
     self.network.requires_grad_(False)
 
 # %% ../../nbs/training/34_policy.ipynb #c052
@@ -273,6 +284,7 @@ def load_policy(model: ModelConfig, device: str | torch.device = "cpu") -> Polic
     if name not in known: raise ValueError(f"{model.path} is a {name}; model.path must be one of {', '.join(sorted(known))}")
     pipe = loading.pipeline_from_configs(model.path, dtype) if meta else load_pipeline(model.path, dtype, model.revision)
     policy = known[name](pipe, model, device)
+    loading.check_scheduler(pipe.scheduler, policy.sigmas, policy.timestep_divisor)
     loading.reduce_vae_memory(pipe, model.vae_tiling, model.vae_slicing)
     if model.tiny_vae: policy.add_tiny_vae(loading.load_tiny_vae(model.tiny_vae, dtype, device))
     return policy
