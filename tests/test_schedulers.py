@@ -51,7 +51,7 @@ def pair(request, tmp_path_factory):
 
 
 @pytest.fixture
-def with_scheduler(monkeypatch):
+def with_scheduler(pair, monkeypatch):
     "A function: the policy that is loaded if the pipeline has another scheduler."
 
     def load_with(scheduler):
