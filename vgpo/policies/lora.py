@@ -166,7 +166,7 @@ def read_lora(pipe, path: str | Path) -> tuple[dict, dict, dict | None]:
     with warnings_as_errors("diffusers.loaders"):
         tensors, *alphas, config = pipe.lora_state_dict(file, use_safetensors=True, return_lora_metadata=True, **options)
     if not any(".lora_A" in name for name in tensors): tensors = convert_unet_state_dict_to_peft(tensors)
-    return tensors, *(alphas or [{}]), config
+    return tensors, (alphas and alphas[0]) or {}, config
 
 # %% ../../nbs/training/33_lora.ipynb #aba963ea
 FORMS = {  # a sign in the name of a tensor: who writes such
