@@ -1,6 +1,7 @@
 """A tiny pipeline with random weights, built once for all tests that need a real diffusers model."""
 
 import os
+import shutil
 
 import pytest
 
@@ -23,6 +24,12 @@ def tiny_folder(tmp_path_factory):
     torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.1)  # a velocity that depends on the prompt
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def tiny_copy(tiny_folder, tmp_path):
+    "A copy of that folder, to be changed."
+    return shutil.copytree(tiny_folder, tmp_path / "tiny")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 "A run opened again, and the program that evaluates it."
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ from vgpo.evaluation.folder import EvaluationFolder
 from vgpo.evaluation.images import EvaluationConfig, generate_images
 from vgpo.evaluation.scores import evaluate
 from vgpo.noise import sample_noise
-from vgpo.open_run import load_run, open_policy, read_model, read_run
+from vgpo.open_run import load_run, open_policy, read_model, read_run, run_folder
 from vgpo.policies.base import load_policy
 from vgpo.policies.loading import ModelConfig
 from vgpo.prompts.files import load_prompts
@@ -148,12 +149,16 @@ def test_lora_on_a_base_model_is_the_run(trained, tiny_folder):
     assert np.array_equal(ours, theirs) and not policy.parameters()
     with pytest.raises(ValueError, match="is a run and has weights of its own; give --lora with a base model only"):
         read_model(str(folder), lora=str(folder / "lora"))
-    with pytest.raises(FileNotFoundError, match="--lora .*absent is no folder with a .safetensors file"):
+    with pytest.raises(FileNotFoundError, match="absent is neither a .safetensors file nor a folder with one; give a LoRA"):
         read_model("tiny", lora=str(folder / "absent"))
 
 
-@pytest.mark.parametrize("damage", ["other names", "other shapes", "no tensors"])
-def test_weights_that_do_not_fit_are_refused(trained, tiny_folder, tmp_path, damage):
+@pytest.mark.parametrize(("damage", "message"), [
+    ("other names", "is unknown .*looks like a LoRA of a UNet"),
+    ("other shapes", r"is \(.*\), not \(.*; give the base model that it was trained on"),
+    ("no tensors", "the file is damaged .*; copy it again"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_refused(trained, tiny_folder, tmp_path, damage, message):
     "A LoRA of another model must not leave the base model as it is, which diffusers does with a warning."
     path = trained[0] / "lora" / "pytorch_lora_weights.safetensors"
     tensors = load_file(path)
@@ -164,9 +169,27 @@ def test_weights_that_do_not_fit_are_refused(trained, tiny_folder, tmp_path, dam
     save_file(tensors, tmp_path / path.name)
     if damage == "no tensors":
         (tmp_path / path.name).write_bytes(b"not safetensors")
-    with pytest.raises(OSError, match="do not fit the model; give the base model that they were trained on") as error:
+    with pytest.raises(ValueError, match=message) as error:
         open_policy(*read_model(str(tiny_folder), lora=str(tmp_path)))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and path.name in str(error.value)
+
+
+def test_a_part_of_a_run_is_the_run(trained, tiny_folder, tmp_path):
+    "Its weights, a checkpoint, its best ones: with the settings of the run, and the weights that were named."
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    for part in ("checkpoints/epoch-00003", "best/epoch-00002"):
+        shutil.copytree(run / "lora", run / part / "lora")
+    for path in (run, run / "lora", run / "checkpoints" / "epoch-00003", run / "best" / "epoch-00002" / "lora"):
+        config, weights = read_model(str(path))
+        assert config.seed == 4 and weights.name == "lora" and weights.is_relative_to(path)
+        assert run_folder(path) == run and not open_policy(config, weights).parameters()
+    (run / "checkpoints" / "epoch-00004").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"epoch-00004 has no lora; give the run, {run}"):
+        read_model(str(run / "checkpoints" / "epoch-00004"))
+    with pytest.raises(SystemExit, match="^error: .* holds weights and is no whole model; give the base model .* and --lora"):
+        main([str(shutil.copytree(run / "lora", tmp_path / "alone"))])
+    inside = shutil.copytree(tiny_folder, run / "checkpoints" / "pipeline")  # a model is a model, wherever it lies
+    assert read_model(str(inside))[0].model.path == str(inside)
 
 
 def test_model_that_is_nowhere(monkeypatch):

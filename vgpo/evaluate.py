@@ -120,7 +120,7 @@ class EvaluateOptions(SampleOptions):
     model: str | None = None
     """a run's folder, a pipeline's folder, `tiny`, or a name on the hub"""
     lora: str | None = None
-    """folder with a LoRA for the model"""
+    """a LoRA for the model: its file, or a folder with one"""
     recipe: str = "tiny-geneval"
     """where the settings of a model come from; a run has its own"""
     rewards: list[str] | None = None

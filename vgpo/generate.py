@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from .config import Parser
 from .evaluate import check_at_least
 from .evaluation.images import generate_images
-from .open_run import load_run, open_model, pick_device
+from .open_run import load_run, open_model, pick_device, run_folder
 from .plots import image_grid
 from .policies.base import Policy
 from .policies.loading import quiet
@@ -112,7 +112,7 @@ def generate_files(o: GenerateOptions):
     steps = o.num_inference_steps or config.evaluation.num_inference_steps
     guidance = config.evaluation.guidance_scale if o.guidance_scale is None else o.guidance_scale
     images = generate(policy, o.prompts, o.num_images_per_prompt, o.seed, steps, guidance, config.rollout.micro_batch_size)
-    folder = Path(o.output) if o.output else Path(o.run or ".") / "generated"
+    folder = Path(o.output) if o.output else (o.run and run_folder(o.run) or Path()) / "generated"
     settings = {"model": config.model.path, "run": o.run or "", "seed": o.seed, "num_inference_steps": steps,
                 "guidance_scale": guidance, "max_sequence_length": policy.max_sequence_length}
     for path in save_images(images, o.prompts, o.num_images_per_prompt, folder, settings): print(path)

@@ -35,6 +35,8 @@ def image_ids(side):
 # %% ../../nbs/models/61_flux.ipynb #c024
 class PackedPolicy(Policy):
     "What FLUX and Qwen-Image share: tokens of 2 x 2 latents, and evenly spaced levels for the scheduler to bend."
+    timestep_divisor = 1000
+
     def latent_spec(self):
         return LatentSpec(self.pipe.transformer.config.in_channels // 4, 2, self.pipe.default_sample_size)
 

@@ -24,6 +24,7 @@ class ZImagePolicy(Policy):
     "A ZImagePipeline as a policy: Z-Image, or Z-Image-Turbo."
     pipeline_class = "ZImagePipeline"
     targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+    timestep_divisor = 1000
 
     def latent_spec(self):
         c = self.pipe.transformer.config

@@ -20,9 +20,10 @@ from fastcore.basics import patch
 from jsonargparse.typing import PositiveInt
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from ..files import check_weights
 from ..plugs import check_fields
 from .base import Reward, Scores
-from .weights import Dtype, check_weights, load_errors, load_whole, provenance, read_tensors, weights_id
+from .weights import Dtype, load_errors, load_whole, provenance, read_tensors, weights_id
 
 # %% ../../nbs/rewards/47_clip.ipynb #c012
 def load_processor(name: str):

@@ -20,9 +20,10 @@ from torch import nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPImageProcessorPil
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from ..files import check_weights
 from ..plugs import check_fields
 from .base import Reward, Scores
-from .weights import Dtype, check_weights, load_errors, provenance, read_tensors
+from .weights import Dtype, load_errors, provenance, read_tensors
 
 # %% ../../nbs/rewards/48_imagereward.ipynb #c009
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the MLP's output on ImageReward's own data
