@@ -22,10 +22,19 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 import vgpo.policies
-from ..files import digest
+from ..files import check_weights
 from . import loading, lora
 from .embeds import EmbeddingCache, PromptEmbeds, PromptEncoder
-from .loading import LatentSpec, ModelConfig, check_tokens, freeze, latent_side, load_pipeline, networks
+from vgpo.policies.loading import (
+    LatentSpec,
+    ModelConfig,
+    check_tokens,
+    freeze,
+    latent_side,
+    load_network,
+    load_pipeline,
+    networks,
+)
 from .shard import repeated_blocks, reshard, shard_like, shard_network
 
 # %% ../../nbs/training/34_policy.ipynb #c006
@@ -35,6 +44,7 @@ class Policy:
     default_tokens, token_range = 512, (1, 512)  # of a prompt in the large text encoder
     unseen_tokens = 0  # of what `chat` puts before a prompt, which the encoder reads and the network is not given
     targets = lora.LORA_TARGETS  # layers that are adapted, by the end of their names
+    timestep_divisor: int | None = None  # what the pipeline divides the scheduler's timesteps by, if that is a constant
 
     def latent_spec(self) -> LatentSpec: "How large the latents are."; raise NotImplementedError
 
@@ -228,15 +238,15 @@ def save(self: Policy, folder: str | Path, write: bool = True):
 
 
 @patch
-def load(self: Policy, folder: str | Path):
-    "Load what `save` wrote, and freeze it."
-    if (Path(folder) / "config.json").is_file():
-        weights = type(self.pipe.transformer).from_pretrained(folder).state_dict()
+def load(self: Policy, path: str | Path):
+    "Load what `save` wrote, or the file of a LoRA, and freeze it; ValueError or OSError of one line unless all of it fits."
+    if (Path(path) / "config.json").is_file():
+        with loading.pipeline_errors(path, "its files"): weights = load_network(type(self.pipe.transformer), path).state_dict()
+        shapes = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
+        check_weights(weights, shapes, path, "give the base model that they were trained on")
         self.network.float().load_state_dict(weights)
         self.autocast = self.dtype != torch.float32
-    else: self.pipe.load_lora_weights(folder)
-    adapted = any(hasattr(encoder, "peft_config") for encoder in networks(self.pipe, "text_encoder").values())
-    if adapted and self.encoder.disk: self.encoder.disk.source.append(digest(folder))  # of the LoRA, which has a say in them
+    else: lora.load_lora(self.pipe, path)
     self.network.requires_grad_(False)
 
 # %% ../../nbs/training/34_policy.ipynb #c052
@@ -280,6 +290,7 @@ def load_policy(model: ModelConfig, device: str | torch.device = "cpu") -> Polic
     if name not in known: raise ValueError(f"{model.path} is a {name}; model.path must be one of {', '.join(sorted(known))}")
     pipe = loading.pipeline_from_configs(model.path, dtype) if meta else load_pipeline(model.path, dtype, model.revision)
     policy = known[name](pipe, model, device)
+    loading.check_scheduler(pipe.scheduler, policy.sigmas, policy.timestep_divisor)
     loading.reduce_vae_memory(pipe, model.vae_tiling, model.vae_slicing)
     if model.tiny_vae: policy.add_tiny_vae(loading.load_tiny_vae(model.tiny_vae, dtype, device))
     return policy
