@@ -8,6 +8,7 @@ __all__ = ['RewardSpec', 'RewardError', 'Scores', 'Reward', 'FunctionName', 'che
            'all_subclasses', 'reward_classes', 'options_of', 'build_reward', 'make_reward', 'Combined', 'networks_of']
 
 # %% ../../nbs/world/20_rewards.ipynb #c002
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -114,7 +115,7 @@ class Function(Reward):
         self.name = self.version = self.name or getattr(self.function, "__name__", str(self.function))
 
     def __call__(self, images, prompts, metadata):
-        raw = torch.as_tensor(self.call(images, prompts, metadata, **self.options), dtype=torch.float32)
+        raw = torch.as_tensor(self.call(images, prompts, metadata, **self.options), dtype=torch.float32).clone()
         return Scores(raw, raw, details=[{} for _ in prompts])
 
 # %% ../../nbs/world/20_rewards.ipynb #c022
@@ -184,15 +185,15 @@ def run_with_timeout(fn, timeout):
 # %% ../../nbs/world/20_rewards.ipynb #c028
 def score(reward: Reward, images: np.ndarray, prompts: list[str], metadata: list[dict],
           timeout: float | None = None) -> Scores:
-    """Score `images` (B, H, W, 3) uint8 with `reward`, which must not write into them, and check what it says.
+    """Score `images` (B, H, W, 3) uint8 with `reward`, which gets read-only copies, and check what it says.
 
     Raises ValueError for bad inputs, and RewardError (naming reward, row and prompt) for all that goes wrong in the
     reward: an exception, bad scores, or no answer within `timeout` seconds. There is no default score.
     """
     check_inputs(images, prompts, metadata)
-    view = images.view()
-    view.flags.writeable = False
-    def call(): return reward(view, prompts, metadata)
+    own = images.copy()
+    own.flags.writeable = False
+    def call(): return reward(own, list(prompts), copy.deepcopy(metadata))
     try:
         scores = call() if timeout is None else run_with_timeout(call, timeout)
     except (Exception, SystemExit) as e:  # a reward is foreign code and may raise anything: say which one, and on what
