@@ -215,7 +215,6 @@ def vandal(images, prompts, metadata, act):
     act(images)
     prompts[0], metadata[0]["n"] = "another", metadata[0]["n"] / 2
     metadata[-1].pop("deep")["list"].append(1)
-    prompts.clear()
     return [1.0] * len(images)
 
 

@@ -176,7 +176,7 @@ async def health(self: Service, request: Request) -> Response:
     "GET /health: which reward this is, and how many requests wait."
     self.admit(request)
     return JSONResponse({"reward": self.reward.name, "scale": self.reward.scale, "version": self.reward.version,
-                         "waiting": self.waiting, "vgpo": vgpo.__version__})
+                         "asks_people": self.reward.asks_people, "waiting": self.waiting, "vgpo": vgpo.__version__})
 
 # %% ../../nbs/rewards/52_server.ipynb #c027
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -240,11 +240,11 @@ def open_socket(host: str, port: int, key: str | None) -> socket.socket:
     return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 # %% ../../nbs/rewards/52_server.ipynb #c036
-def make_server(app: Starlette, connections: int = 256) -> uvicorn.Server:
-    "A uvicorn server for an app, with bounds on its connections and on the time it takes to shut down."
+def make_server(app: Starlette, connections: int = 256, grace: int = 30) -> uvicorn.Server:
+    "A uvicorn server for an app, with bounds on its connections and on the seconds that it takes to shut down."
     return uvicorn.Server(uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, lifespan="off", ws="none",
-        http="h11", limit_concurrency=connections, timeout_graceful_shutdown=30))
+        http="h11", limit_concurrency=connections, timeout_graceful_shutdown=grace))
 
 
 @contextmanager
