@@ -130,7 +130,7 @@ def vote(self: Box, key: str, choice: int | None):
         self.given.append(key)
         self.changed.notify_all()
 
-
+# %% ../../nbs/rewards/43_vote_page.ipynb #c014
 @patch
 def undo(self: Box):
     "Take back the last vote; LookupError if there is none that still can be."
@@ -139,7 +139,7 @@ def undo(self: Box):
         self.write({"key": self.given[-1], "undone": True})
         del self.votes[self.given.pop()]
 
-# %% ../../nbs/rewards/43_vote_page.ipynb #c016
+# %% ../../nbs/rewards/43_vote_page.ipynb #c017
 def data_url(image: np.ndarray) -> str:
     "An image (H, W, 3) uint8 as the address of a PNG that holds it."
     buffer = io.BytesIO()
@@ -157,7 +157,7 @@ def state(self: Box) -> dict:
     if left: found["ballot"] = {"key": left[0].key, "prompt": left[0].prompt, "images": [*map(data_url, left[0].images.values())]}
     return found
 
-# %% ../../nbs/rewards/43_vote_page.ipynb #c019
+# %% ../../nbs/rewards/43_vote_page.ipynb #c020
 HOSTS = ["127.0.0.1", "localhost"]
 HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
            "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
@@ -169,7 +169,7 @@ def static(name: str, media_type: str) -> Route:
     content = (files("vgpo.rewards") / name).read_bytes()
     return Route("/" if name == "votes.html" else f"/{name}", lambda request: Response(content, headers=HEADERS, media_type=media_type))
 
-# %% ../../nbs/rewards/43_vote_page.ipynb #c020
+# %% ../../nbs/rewards/43_vote_page.ipynb #c021
 def make_page(box: Box, token: str) -> Starlette:
     "The web application in which those who have the token vote."
     def guarded(act):
