@@ -51,9 +51,7 @@ def serve_reward(argv: list[str] | None):
         address = f"[{host}]" if ":" in host else host
         print(f"serving {reward.name} ({reward.version}) at http://{address}:{sock.getsockname()[1]}", flush=True)
         if isinstance(reward, reward_classes()["Votes"]): print(f"vote at {reward.page()}", flush=True)
-        grace = 1 if reward.asks_people else 30
-        try: make_server(make_app(reward, key, limits), limits.max_queue + 64, grace).run(sockets=[sock])
-        finally: reward.close()
+        make_server(make_app(reward, key, limits), limits.max_queue + 64, reward.close).run(sockets=[sock])
 
 
 def main(argv: list[str] | None = None):

@@ -63,6 +63,7 @@ class Reward(ABC):
     harmless: frozenset[str] = frozenset()
     networks: tuple[str, ...] = ()
     asks_people: bool = False
+    closed: bool = False  # whether it takes no more calls
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -73,8 +74,9 @@ class Reward(ABC):
     def check_row(self, row: dict) -> None:  # noqa: B027 - most rewards score every row
         "Raise ValueError for a row of the prompt file that this reward cannot score."
 
-    def close(self) -> None:  # noqa: B027 - most rewards hold nobody up
+    def close(self) -> None:
         "End the calls that wait for people, with an error."
+        self.closed = True
 
     @abstractmethod
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
@@ -310,6 +312,7 @@ def check_row(self: Combined, row: dict) -> None:
 @patch
 def close(self: Combined) -> None:
     "End the calls of the parts that wait for people."
+    self.closed = True
     for reward in self.rewards.values(): reward.close()
 
 # %% ../../nbs/world/20_rewards.ipynb #n921

@@ -36,7 +36,7 @@ class Votes(Reward):
     def __call__(self, images, prompts, metadata):
         ballots = self.ballots(images, prompts)
         missing = {ballot.key for ballot in ballots} - self.box.votes.keys()
-        if missing: print(f"{len(missing)} votes are wanted at {self.page()}", file=sys.stderr, flush=True)
+        if missing and not self.closed: print(f"votes wanted: {len(missing)}, at {self.page()}", file=sys.stderr, flush=True)
         votes = self.box.ask(ballots)
         chosen = torch.tensor([votes[ballot.key] == image_digest(image) for ballot, image in zip(ballots, images)])
         details = [{"chosen": bool(yes), "among": len(ballot.images)} for yes, ballot in zip(chosen, ballots)]
@@ -60,6 +60,7 @@ def page(self: Votes) -> str:
 @patch
 def close(self: Votes):
     "End the call that waits for votes, with an error."
+    self.closed = True
     self.box.close()
 
 
