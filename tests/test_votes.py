@@ -390,7 +390,7 @@ def test_a_run_waits_stops_and_goes_on_and_asks_nothing_twice(tmp_path):
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
     one, other = (
         load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors") for name in ("broken", "whole")
     )

@@ -127,7 +127,7 @@ def vote(self: Box, key: str, choice: int | None):
         chosen = None if choice is None else images[choice]
         self.write({"key": key, "prompt": ballot.prompt, "images": images, "choice": chosen})
         self.votes[key] = chosen
-        self.given.append(key)
+        self.given = [*self.given, key] if self.waiting.keys() - self.votes.keys() else []
         self.changed.notify_all()
 
 # %% ../../nbs/rewards/43_vote_page.ipynb #c014
