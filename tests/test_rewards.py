@@ -1,11 +1,14 @@
 "The reward interface: what `score` lets through, what it refuses, and how."
 
+import copy
+import ctypes
 import json
 import random
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -180,15 +183,79 @@ def test_every_reward_can_be_asked_for_its_options():
     assert options_of("tiny_rewards:brightness") == []
 
 
-def test_a_reward_cannot_write_into_the_images():
-    def vandal(images, prompts, metadata):
-        images[:] = 0
+def assign(images):
+    images[:] = 0
+
+
+def allow_writing(images):
+    images.flags.writeable = True
+    images[..., 0] = 0
+
+
+def write_into_the_base(images):
+    base = images if images.base is None else images.base
+    base.flags.writeable = True
+    base[...] = 0
+
+
+def write_through_torch(images):
+    with warnings.catch_warnings(action="ignore"):  # which is all that torch does about it
+        torch.from_numpy(images).bitwise_not_()
+
+
+def write_through_the_buffer(images):
+    pointer = images.__array_interface__["data"][0]
+    ctypes.memset(pointer, 0, images.nbytes)
+
+
+VANDALS = [assign, allow_writing, write_into_the_base, write_through_torch, write_through_the_buffer]
+
+
+def vandal(images, prompts, metadata, act):
+    act(images)
+    prompts[0], metadata[0]["n"] = "another", metadata[0]["n"] / 2
+    metadata[-1].pop("deep")["list"].append(1)
+    return [1.0] * len(images)
+
+
+@pytest.mark.parametrize("timeout", [None, 30])
+@pytest.mark.parametrize("act", VANDALS)
+def test_what_a_reward_writes_into_reaches_nobody_else(act, timeout):
+    "Neither the caller's images, prompts and rows, nor what the next reward sees: in one call, or in the next."
+    seen = []
+
+    def witness(images, prompts, metadata):
+        seen.append((images.copy(), list(prompts), copy.deepcopy(metadata), images.flags.writeable))
         return [1.0] * len(images)
 
-    images = np.full((3, 4, 4, 3), 7, np.uint8)
-    with pytest.raises(RewardError, match="'vandal' failed .*read-only"):
-        score(Function(vandal), images, PROMPTS, ROWS)
-    assert (images == 7).all() and images.flags.writeable
+    def given():
+        rows = [{"n": 0.5, "deep": {"list": []}} for _ in range(3)]
+        return np.arange(3 * 4 * 5 * 3, dtype=np.uint8).reshape(3, 4, 5, 3), list(PROMPTS), rows
+
+    images, prompts, rows = given()
+    parts = {"vandal": Function(vandal, {"act": act}), "witness": Function(witness)}
+    both = Combined(parts, {"vandal": 1, "witness": 1})
+    for reward in (parts["vandal"], both, parts["witness"]):
+        try:
+            score(reward, images, prompts, rows, timeout)
+        except RewardError as e:
+            assert act is assign and "read-only" in str(e)  # a plain assignment is refused; the rest is in vain
+    assert len(seen) == (1 if act is assign else 2)
+    for saw in seen:
+        assert (saw[0] == given()[0]).all() and saw[1:] == (*given()[1:], False)
+    assert (images == given()[0]).all() and images.flags.writeable and (prompts, rows) == given()[1:]
+
+
+def test_a_plain_function_may_use_one_array_for_all_its_answers():
+    answer = np.zeros(3, np.float32)
+
+    def reuse(images, prompts, metadata):
+        answer[:] = [row["n"] for row in metadata]
+        return answer
+
+    first = score(Function(reuse), IMAGES, PROMPTS, ROWS)
+    score(Function(reuse), IMAGES, PROMPTS, ROWS[::-1])
+    assert_close(first.raw, torch.tensor([0.1, 0.5, 0.9]))
 
 
 def test_some_of_the_scores():

@@ -23,6 +23,7 @@ class Callback:
     def before_micro_batch(self, trainer): "Before each rollout; the last moment at which a run may stop and lose nothing."
     def before_phase(self, trainer, phase): "`rollout`, `decode`, `score` or `update` begins; the first three many times."
     def after_phase(self, trainer, phase): "It ended."
+    def while_scoring(self, trainer): "Twice a second while a reward that asks people waits for them, from another thread."
     def after_rollout(self, trainer): "`trainer.batches` are complete: images, scores and advantages, before the updates."
     def before_step(self, trainer, stats): "Gradients are there; `stats` are the update's means, `loss` and `grad_norm` too."
     def after_epoch(self, trainer): "`trainer.metrics` of the epoch are there; a callback may add to them."

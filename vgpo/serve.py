@@ -21,6 +21,7 @@ def serve_parser(limits: type) -> ArgumentParser:
     reward_classes()  # imports them, so that they are known by their names
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="python -m vgpo.serve", exit_on_error=False, allow_abbrev=False,
+                            usage="%(prog)s --reward NAME [OPTIONS], or %(prog)s vote [OPTIONS] to let people vote",
                             description="Serve a reward over HTTP (POST /score and GET /health) until interrupted.")
     parser.add_argument("--reward", type=Callable[[], Reward] | str, required=True,
                         help="what scores the images: a class of rewards with its options, or `module:function`")
@@ -40,6 +41,8 @@ def serve_reward(argv: list[str] | None):
     except ModuleNotFoundError as e:
         raise ValueError(f"{e.name} is missing: pip install starlette uvicorn pydantic") from None
     parser = serve_parser(Limits)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["vote"]: argv[:1] = ["--reward", "Votes"]
     made = vars(parser.instantiate(parser.parse_args(argv)))
     spec, port, host, key_env = (made.pop(name) for name in ("reward", "port", "host", "api_key_env"))
     limits, key = Limits(**made), read_key(key_env, KEY_ENV)
@@ -47,7 +50,8 @@ def serve_reward(argv: list[str] | None):
         reward = make_reward(spec)
         address = f"[{host}]" if ":" in host else host
         print(f"serving {reward.name} ({reward.version}) at http://{address}:{sock.getsockname()[1]}", flush=True)
-        make_server(make_app(reward, key, limits), limits.max_queue + 64).run(sockets=[sock])
+        if isinstance(reward, reward_classes()["Votes"]): print(f"vote at {reward.page()}", flush=True)
+        make_server(make_app(reward, key, limits), limits.max_queue + 64, reward.close).run(sockets=[sock])
 
 
 def main(argv: list[str] | None = None):

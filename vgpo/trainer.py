@@ -127,7 +127,8 @@ def decode(self: Trainer, batch: MicroBatch) -> np.ndarray:
 def score(self: Trainer, batch: MicroBatch, images: np.ndarray):
     "Score what `decode` returned; enters the rewards, the finished images and their scores into the batch."
     rows = [row for row in batch.rows for _ in self.states]
-    scores = score(self.reward, images, [row["prompt"] for row in rows], rows, self.config.reward_timeout)
+    scores = score(self.reward, images, [row["prompt"] for row in rows], rows, self.config.reward_timeout,
+                   partial(self.on, "while_scoring"))
     def fill(scores): return fill_states(scores.scaled.reshape(-1, len(self.states)), self.states, self.num_steps)
     batch.rewards = fill(scores)
     if self.credit.separate: batch.rewards_apart = torch.stack([fill(part) for part in scores.parts.values()], -1)

@@ -58,9 +58,10 @@ def evaluate_in_memory(policy: Policy, rewards: dict[str, Reward], rows: list[di
     accelerator = accelerator or PartialState()
     numbers = rank_indices(accelerator, len(rows))
     mine, prompts = [rows[i] for i in numbers], [rows[i]["prompt"] for i in numbers]
+    alone = proceed if accelerator.num_processes == 1 else None  # several may have to agree, and not while one waits
     with raise_on_all_ranks(accelerator):
         images = draw_samples(policy, rows, [(i, 0) for i in numbers], config, seed, batch_size, proceed)
-        scores = {name: score(reward, images, prompts, mine, timeout) for name, reward in rewards.items()}
+        scores = {name: score(reward, images, prompts, mine, timeout, alone) for name, reward in rewards.items()}
     numbers, images, scores = zip(*all_gather_object(accelerator, (numbers, images, scores)))
     order = np.unique(np.concatenate(numbers), return_index=True)[1]  # each image once, by its row
     joined = {name: concatenate([part[name] for part in scores])[order] for name in rewards}

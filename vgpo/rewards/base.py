@@ -8,6 +8,7 @@ __all__ = ['RewardSpec', 'RewardError', 'Scores', 'Reward', 'FunctionName', 'che
            'all_subclasses', 'reward_classes', 'options_of', 'build_reward', 'make_reward', 'Combined', 'networks_of']
 
 # %% ../../nbs/world/20_rewards.ipynb #c002
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -54,12 +55,15 @@ class Reward(ABC):
 
     `harmless` names the options that change no score, such as a batch size; a resumed run may change those. `networks`
     names the entries of `model_configs/rewards.json` that describe its networks, so that `vgpo.plan` can count their memory.
+    A reward that `asks_people` is waited for as long as it takes, and the images of a call stay together.
     """
     name: str  # the class's name, unless an object has another one
     scale: str = "already in [0, 1]"  # one line: how a raw score becomes a number in [0, 1]
     version: str  # one line: engine, weights, revision; scores of different versions are not comparable
     harmless: frozenset[str] = frozenset()
     networks: tuple[str, ...] = ()
+    asks_people: bool = False
+    closed: bool = False  # whether it takes no more calls
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -69,6 +73,10 @@ class Reward(ABC):
 
     def check_row(self, row: dict) -> None:  # noqa: B027 - most rewards score every row
         "Raise ValueError for a row of the prompt file that this reward cannot score."
+
+    def close(self) -> None:
+        "End the calls that wait for people, with an error."
+        self.closed = True
 
     @abstractmethod
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
@@ -114,7 +122,7 @@ class Function(Reward):
         self.name = self.version = self.name or getattr(self.function, "__name__", str(self.function))
 
     def __call__(self, images, prompts, metadata):
-        raw = torch.as_tensor(self.call(images, prompts, metadata, **self.options), dtype=torch.float32)
+        raw = torch.as_tensor(self.call(images, prompts, metadata, **self.options), dtype=torch.float32).clone()
         return Scores(raw, raw, details=[{} for _ in prompts])
 
 # %% ../../nbs/world/20_rewards.ipynb #c022
@@ -166,8 +174,11 @@ def check_scores(name: str, scores: Any, prompts: list[str]) -> None:
                  "the scale must map every raw score into [0, 1]")
 
 # %% ../../nbs/world/20_rewards.ipynb #c026
-def run_with_timeout(fn, timeout):
-    "The result of `fn()`, run in a thread of its own; TimeoutError after `timeout` seconds (the thread stays behind)."
+def run_with_timeout(fn, timeout, proceed=None):
+    """The result of `fn()`, run in a thread of its own; TimeoutError after `timeout` seconds (the thread stays behind).
+
+    `proceed()` is called while it runs; what it raises is raised, and the thread stays behind, too.
+    """
     box = {}
 
     def work():
@@ -176,6 +187,9 @@ def run_with_timeout(fn, timeout):
 
     thread = threading.Thread(target=work, daemon=True)  # a daemon: if it hangs, the program can still exit
     thread.start()
+    while proceed and thread.is_alive():
+        proceed()
+        thread.join(0.5)
     thread.join(timeout)
     if thread.is_alive(): raise TimeoutError(f"no answer within {timeout} s: raise the timeout, or see why it hangs")
     if "error" in box: raise box["error"]
@@ -183,21 +197,24 @@ def run_with_timeout(fn, timeout):
 
 # %% ../../nbs/world/20_rewards.ipynb #c028
 def score(reward: Reward, images: np.ndarray, prompts: list[str], metadata: list[dict],
-          timeout: float | None = None) -> Scores:
-    """Score `images` (B, H, W, 3) uint8 with `reward`, which must not write into them, and check what it says.
+          timeout: float | None = None, proceed: Callable[[], None] | None = None) -> Scores:
+    """Score `images` (B, H, W, 3) uint8 with `reward`, which gets read-only copies, and check what it says.
 
     Raises ValueError for bad inputs, and RewardError (naming reward, row and prompt) for all that goes wrong in the
-    reward: an exception, bad scores, or no answer within `timeout` seconds. There is no default score.
+    reward: an exception, bad scores, or no answer within `timeout` seconds. There is no default score. If the reward
+    asks people, there is no timeout; `proceed()` is called while they think, and may raise to end it.
     """
     check_inputs(images, prompts, metadata)
-    view = images.view()
-    view.flags.writeable = False
-    def call(): return reward(view, prompts, metadata)
-    try:
-        scores = call() if timeout is None else run_with_timeout(call, timeout)
-    except (Exception, SystemExit) as e:  # a reward is foreign code and may raise anything: say which one, and on what
-        raise RewardError(f"reward {reward.name!r} failed on {len(prompts)} images "
-                          f"(first prompt {prompts[0]!r}): {type(e).__name__}: {e}") from e
+    own = images.copy()
+    own.flags.writeable = False
+    def failed(e): return RewardError(f"reward {reward.name!r} failed on {len(prompts)} images "
+                                      f"(first prompt {prompts[0]!r}): {type(e).__name__}: {e}")
+    def call():
+        try: return reward(own, list(prompts), copy.deepcopy(metadata))
+        except (Exception, SystemExit) as e: raise failed(e) from e  # foreign code may raise anything: say which one
+    timeout, proceed = (None, proceed) if reward.asks_people else (timeout, None)
+    try: scores = run_with_timeout(call, timeout, proceed) if timeout or proceed else call()
+    except TimeoutError as e: raise failed(e) from e
     check_scores(reward.name, scores, prompts)
     return scores
 
@@ -276,6 +293,7 @@ class Combined(Reward):
         self.name = " + ".join(f"{weight:.3g} {name}" for name, weight in self.weights.items())
         self.scale = f"{self.name}; " + "; ".join(f"{name}: {reward.scale}" for name, reward in self.rewards.items())
         self.version = "; ".join(f"{name}: {reward.version}" for name, reward in self.rewards.items())
+        self.asks_people = any(reward.asks_people for reward in self.rewards.values())
 
     def __call__(self, images, prompts, metadata):
         parts = {name: score(reward, images, prompts, metadata) for name, reward in self.rewards.items()}
@@ -289,6 +307,13 @@ class Combined(Reward):
 def check_row(self: Combined, row: dict) -> None:
     "Raise ValueError for a row that one of the parts cannot score."
     for reward in self.rewards.values(): reward.check_row(row)
+
+
+@patch
+def close(self: Combined) -> None:
+    "End the calls of the parts that wait for people."
+    self.closed = True
+    for reward in self.rewards.values(): reward.close()
 
 # %% ../../nbs/world/20_rewards.ipynb #n921
 def networks_of(spec: str | dict) -> list[tuple[str, str, str]]:

@@ -253,6 +253,8 @@ class Remote(Endpoint, Reward):
         self.pool, self.identity = ThreadPool(self.concurrency), fetch_identity(self)
         self.name = f"remote-{self.identity['reward']}"
         self.scale, self.version = self.identity["scale"], self.identity["version"]
+        self.asks_people = self.identity.get("asks_people") is True
+        if self.asks_people: self.read_timeout = None
 
     def __call__(self, images, prompts, metadata): return score_remotely(self, images, prompts, metadata)
 
@@ -266,9 +268,10 @@ def score_piece(remote: Remote, images, prompts, metadata) -> dict:
 
 
 def score_remotely(remote: Remote, images, prompts: list[str], metadata: list[dict]) -> Scores:
-    "The Scores of `images` (B, H, W, 3) uint8, from requests of `batch_size` images."
-    starts = range(0, len(images), remote.batch_size)
-    pieces = [[part[i : i + remote.batch_size] for part in (images, prompts, metadata)] for i in starts]
+    "The Scores of `images` (B, H, W, 3) uint8, from requests of `batch_size` images, or one request if it asks people."
+    size = len(images) if remote.asks_people else remote.batch_size
+    starts = range(0, len(images), size)
+    pieces = [[part[i : i + size] for part in (images, prompts, metadata)] for i in starts]
     answers = remote.pool.map(lambda piece: score_piece(remote, *piece), pieces)
     scores = read_scores(answers, [len(piece[0]) for piece in pieces])
     for name, part in {remote.name: scores, **scores.parts}.items(): check_scores(name, part, prompts)

@@ -18,6 +18,7 @@ import struct
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,13 +145,13 @@ def write_json(value: Any) -> bytes:
 
 
 def score_request(reward: Reward, request: ScoreRequest, files: list[bytes]) -> bytes:
-    "The JSON of the answer to a request. HTTPException 400 for a broken image, 500 for a reward that fails."
+    "The JSON of the answer to a request. HTTPException 400 for a broken image, 500 for a reward that fails, 503 if it is closed."
     images = []
     for i, file in enumerate(files):
         try: images.append(decode_image(file))
         except ValueError as e: raise HTTPException(400, f"image {i}: {e}") from None
     try: scores = score(reward, np.stack(images), request.prompts, request.metadata)
-    except RewardError as e: raise HTTPException(500, truncate(str(e), 500)) from e
+    except RewardError as e: raise HTTPException(503 if reward.closed else 500, truncate(str(e), 500)) from e
     try: return write_json(vars(scores) | {"reward": reward.name, "version": reward.version})
     except ValueError as e: raise HTTPException(500, f"the scores cannot be written: {truncate(str(e))}") from e
 
@@ -176,7 +177,7 @@ async def health(self: Service, request: Request) -> Response:
     "GET /health: which reward this is, and how many requests wait."
     self.admit(request)
     return JSONResponse({"reward": self.reward.name, "scale": self.reward.scale, "version": self.reward.version,
-                         "waiting": self.waiting, "vgpo": vgpo.__version__})
+                         "asks_people": self.reward.asks_people, "waiting": self.waiting, "vgpo": vgpo.__version__})
 
 # %% ../../nbs/rewards/52_server.ipynb #c027
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -240,11 +241,17 @@ def open_socket(host: str, port: int, key: str | None) -> socket.socket:
     return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 # %% ../../nbs/rewards/52_server.ipynb #c036
-def make_server(app: Starlette, connections: int = 256) -> uvicorn.Server:
-    "A uvicorn server for an app, with bounds on its connections and on the time it takes to shut down."
-    return uvicorn.Server(uvicorn.Config(
+def make_server(app: Starlette, connections: int = 256, stopping: Callable[[], None] = lambda: None) -> uvicorn.Server:
+    "A uvicorn server for an app, with bounds on its connections and on its time to shut down, which begins with `stopping()`."
+    server = uvicorn.Server(uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, lifespan="off", ws="none",
         http="h11", limit_concurrency=connections, timeout_graceful_shutdown=30))
+    handle_exit = server.handle_exit
+    def stop(*signal):
+        stopping()
+        handle_exit(*signal)
+    server.handle_exit = stop
+    return server
 
 
 @contextmanager

@@ -97,10 +97,13 @@ class SkipNonFinite(Callback):
 
 # %% ../../nbs/runs/73_callbacks.ipynb #c015
 class StopWhenAsked(Callback):
-    "Raises Stop before a rollout once `asked` is set, as by a signal."
+    "Raises Stop before a rollout, or while people are waited for, once `asked` is set, as by a signal."
     def __init__(self): self.asked = False
 
     def before_micro_batch(self, trainer): self.check(trainer)
+
+    def while_scoring(self, trainer):
+        if self.asked: raise Stop
 
     def check(self, trainer):
         "Raise Stop if this process was asked, or with a sharded network any of them."
