@@ -47,7 +47,6 @@ register_type(PathName, serializer=expand_path, deserializer=expand_path)
 def misfit(value: Any, kind: Any) -> str | None:
     "What keeps a value from being of a type that restricts it, in a few words; None if nothing does."
     origin, parts = get_origin(kind), get_args(kind)
-    if value is None and (isinstance(kind, type) or origin in (list, tuple, dict)): return "must not be null"
     if kind is PathName: return path_problem(value)
     if origin is Literal: return None if value in parts else f"must be one of {', '.join(map(repr, parts))}"
     if origin in (Union, UnionType):
