@@ -25,10 +25,10 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 import vgpo
 from .batches import OptimConfig, RolloutConfig
 from .callback import Callback
+from .command_line import LineParser, joined_words, read_yaml, reworded, take_option
 from .credit.base import Credit
 from .credit.vgpo import VGPO
 from .evaluation.images import EvaluationConfig
-from .command_line import LineParser, joined_words, read_yaml, reworded, take_option
 from .files import atomic_write
 from .objectives.base import Objective
 from .objectives.clipped import ClippedSurrogate
@@ -132,7 +132,7 @@ RECIPES = Path(vgpo.__file__).parent / "recipes"
 
 def recipe_path(name: str, beside: Path | None = None) -> Path:
     "The file of a recipe, given its name or path (relative to the folder `beside`, if it is there); FileNotFoundError lists the names."
-    name = expand_path(name)
+    name = expand_path(name, "recipe")
     if not name.endswith((".yaml", ".yml")): path = RECIPES / f"{name}.yaml"
     else: path = beside / name if beside and (beside / name).is_file() else Path(name)
     if path.is_file(): return path

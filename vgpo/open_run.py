@@ -6,6 +6,7 @@
 __all__ = ['weights_folder', 'read_run', 'read_model', 'load_weights', 'open_policy', 'load_run', 'open_model', 'pick_device']
 
 # %% ../nbs/runs/77_open_run.ipynb #c003
+import shlex
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def read_run(folder: str | Path, model: str | None = None) -> tuple[Config, Path
     config = parse_config(["--recipe", str(folder / "config.yaml")])
     weights = weights_folder(folder, config.model)
     if not weights.is_dir():
-        raise FileNotFoundError(f"{folder} has no {weights.name} yet; finish it with --resume {folder}")
+        raise FileNotFoundError(f"{folder} has no {weights.name} yet; finish it with --resume {shlex.quote(str(folder))}")
     config.model.path = model or config.model.path
     return config, weights
 

@@ -35,9 +35,9 @@ def path_problem(path: Any) -> str | None:
     return None
 
 
-def expand_path(path: Any) -> str:
-    "A path as text, with `~` expanded; ValueError, `PATH; it must …`, for one that must be written out."
-    if problem := path_problem(path): raise ValueError(f"{path!r}; it {problem}")
+def expand_path(path: Any, name: str = "") -> str:
+    "A path as text, with `~` expanded; ValueError, `NAME is PATH; it must …`, for one that must be written out."
+    if problem := path_problem(path): raise ValueError(f"{name} is {path!r}; it {problem}".removeprefix(" is "))
     return os.path.expanduser(os.fspath(path))
 
 

@@ -9,9 +9,11 @@ __all__ = ['serve_parser', 'serve_reward', 'main']
 import sys
 from collections.abc import Callable
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt
 
+from .command_line import LineParser, command_line
+from .policies.loading import quiet
 from .rewards.base import Reward, make_reward, reward_classes
 from .rewards.remote import KEY_ENV, read_key
 
@@ -20,7 +22,7 @@ def serve_parser(limits: type) -> ArgumentParser:
     "The command line; `limits` is the dataclass of the server's limits."
     reward_classes()  # imports them, so that they are known by their names
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m vgpo.serve", exit_on_error=False, allow_abbrev=False,
+    parser = LineParser(prog="python -m vgpo.serve", allow_abbrev=False,
                             description="Serve a reward over HTTP (POST /score and GET /health) until interrupted.")
     parser.add_argument("--reward", type=Callable[[], Reward] | str, required=True,
                         help="what scores the images: a class of rewards with its options, or `module:function`")
@@ -34,13 +36,13 @@ def serve_parser(limits: type) -> ArgumentParser:
 
 # %% ../nbs/practice/87_serve.ipynb #c008
 def serve_reward(argv: list[str] | None):
-    "Serve the reward of a command line until interrupted. ArgumentError, ValueError, OSError or ImportError."
+    "Serve the reward of a command line until interrupted. ValueError, OSError or ImportError."
     try:
         from vgpo.rewards.server import Limits, make_app, make_server, open_socket
     except ModuleNotFoundError as e:
         raise ValueError(f"{e.name} is missing: pip install starlette uvicorn pydantic") from None
     parser = serve_parser(Limits)
-    made = vars(parser.instantiate(parser.parse_args(argv)))
+    made = vars(parser.instantiate(parser.parse_args(command_line(argv))))
     spec, port, host, key_env = (made.pop(name) for name in ("reward", "port", "host", "api_key_env"))
     limits, key = Limits(**made), read_key(key_env, KEY_ENV)
     with open_socket(host, port, key) as sock:
@@ -52,8 +54,9 @@ def serve_reward(argv: list[str] | None):
 
 def main(argv: list[str] | None = None):
     "The program; `argv` is the command line without its first word."
+    quiet()
     try: serve_reward(argv)
-    except (ArgumentError, ValueError, OSError, ImportError) as e: sys.exit(f"error: {' '.join(str(e).split())}")
+    except (ValueError, OSError, ImportError) as e: sys.exit(f"error: {' '.join(str(e).split())}")
     except KeyboardInterrupt: pass  # the server has shut down in order by then
 
 # %% ../nbs/practice/87_serve.ipynb #c025
