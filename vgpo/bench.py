@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from .callback import Callback
+from .command_line import command_line
 from .config import Config, parse_config
 from .distributed import init_accelerator
 from .plan import guided
@@ -171,7 +172,7 @@ def bench_lines(recipe: str, made: dict[str, tuple[Config, Trainer]], epochs: in
 # %% ../nbs/practice/86_bench.ipynb #c022
 def bench_parser() -> argparse.ArgumentParser:
     "The options of the benchmark itself; all others are those of a run."
-    parser = argparse.ArgumentParser(prog="python -m vgpo.bench", description=main.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m vgpo.bench", description=main.__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each method that count (default: 5)")
     parser.add_argument("--recipe", default="tiny-geneval", help="a recipe's name or a .yaml file")
     parser.add_argument("--also", nargs="+", default=[], metavar="OPTION=VALUE", help="time VGPO with it, too")
@@ -180,14 +181,14 @@ def bench_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None):
     "Time epochs of GRPO and VGPO side by side, and the network alone; options that follow are those of a run."
-    own, more = bench_parser().parse_known_args(argv)
     quiet()
-    methods = {"GRPO": ("GRPO", more), "VGPO": ("VGPO", more)} | {o: ("VGPO", [*more, f"--{o}"]) for o in own.also}
     try:
+        own, more = bench_parser().parse_known_args(command_line(argv))
+        methods = {"GRPO": ("GRPO", more), "VGPO": ("VGPO", more)} | {o: ("VGPO", [*more, f"--{o}"]) for o in own.also}
         if own.epochs < 1: raise ValueError(f"--epochs is {own.epochs}; it must be at least 1")
         made = {name: make_trainer(own.recipe, credit, options) for name, (credit, options) in methods.items()}
         print("\n".join(bench_lines(own.recipe, made, own.epochs)))
-    except (ValueError, OSError, FloatingPointError, RewardError, TrainingError) as e: sys.exit(f"error: {e}")
+    except (ValueError, OSError, FloatingPointError, RewardError, TrainingError, argparse.ArgumentError) as e: sys.exit(f"error: {e}")
 
 # %% ../nbs/practice/86_bench.ipynb #c027
 if __name__ == "__main__" and "__file__" in globals(): main()

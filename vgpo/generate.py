@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .command_line import command_line
 from .config import Parser
 from .evaluate import check_at_least
 from .evaluation.images import generate_images
 from .open_run import load_run, open_model, pick_device, run_folder
 from .plots import image_grid
+from .plugs import PathName, Seed, check_fields
 from .policies.base import Policy
 from .policies.loading import quiet
 from .text import save_figure
@@ -83,11 +85,11 @@ class GenerateOptions:
     "What is drawn, with what, and where it is put."
     prompts: list[str]
     """what to draw, each in quotes"""
-    run: str | None = None
+    run: PathName | None = None
     """folder of a run, whose trained weights are used"""
-    model: str | None = None
+    model: PathName | None = None
     """base model (folder, `tiny`, or a name on the hub); default: that of the run"""
-    seed: int = 0
+    seed: Seed = 0
     """image i of each prompt starts from the noise of seed + i"""
     num_images_per_prompt: int = 1
     """number of images of each prompt"""
@@ -95,12 +97,13 @@ class GenerateOptions:
     """deterministic sampling steps; default: the evaluation's"""
     guidance_scale: float | None = None
     """classifier-free guidance, 1 is none; default: the evaluation's"""
-    output: str | None = None
+    output: PathName | None = None
     """folder for the files; default: `generated` in the run's folder, or in this one without a run"""
-    recipe: str = "tiny-geneval"
+    recipe: PathName = "tiny-geneval"
     """where the settings of a model come from; a run has its own"""
 
     def __post_init__(self):
+        check_fields(self)
         check_at_least(num_images_per_prompt=self.num_images_per_prompt, num_inference_steps=self.num_inference_steps)
         check_request(self.prompts, self.run, self.model, self.guidance_scale)
 
@@ -125,7 +128,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("prompts", nargs="+", help="what to draw, each in quotes")
     parser.add_class_arguments(GenerateOptions, skip={"prompts"})
     quiet()
-    try: generate_files(GenerateOptions(**parser.parse_args(argv).as_dict()))
+    try: generate_files(GenerateOptions(**parser.parse_args(command_line(argv)).as_dict()))
     except (ValueError, OSError, FloatingPointError) as e: sys.exit(f"error: {' '.join(str(e).split())}")
 
 # %% ../nbs/practice/83_generate.ipynb #c038

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .batches import Batches, solve_batches
+from .command_line import command_line
 from .config import Config, parse_config
 from .costs import Costs, costs_of, size_of
 from .objectives.clipped import ClippedSurrogate
@@ -294,7 +295,7 @@ def main(argv: list[str] | None = None):
     quiet()
     own_parser = plan_parser()
     try:
-        own, rest = own_parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        own, rest = own_parser.parse_known_args(command_line(argv))
         if "--help" in rest or "-h" in rest: return print(own_parser.format_help() + "\nAll other options: python -m vgpo.train --help")
         for name in ("processes", "utilisation"):
             if getattr(own, name) <= 0: raise ValueError(f"--{name} is {getattr(own, name)}; it must be above 0")

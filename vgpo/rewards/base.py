@@ -17,6 +17,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastcore.basics import patch
 from jsonargparse import set_parsing_settings
 from jsonargparse.typing import NonNegativeFloat, register_type
 
+from ..command_line import import_name, whole_name
 from ..plugs import check_fields
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under a field is its help
@@ -84,12 +86,12 @@ class Reward(ABC):
 
 # %% ../../nbs/world/20_rewards.ipynb #n904
 class FunctionName(str):
-    "The type of an option that names something to import, as `module:function`."
+    "The type of an option that names something to import, as `module:function` or `file.py:function`."
 
 
 def checked_name(name: Any) -> str:
-    "The text `module:function`; ValueError for a text of another form."
-    if re.fullmatch(r"[\w.]+:[\w.]+", str(name)): return str(name)
+    "The text `module:function`, or `file.py:function` with its whole path; ValueError for a text of another form."
+    if re.fullmatch(r"(.+\.py|[\w.]+):[\w.]+", str(name)): return whole_name(str(name))
     raise ValueError(f"not of the form module:function; by name there are {', '.join(reward_classes())}")
 
 
@@ -97,18 +99,15 @@ register_type(FunctionName, serializer=checked_name, deserializer=checked_name)
 
 
 def imported(name: str) -> Any:
-    "What 'module:attribute' names; ValueError where there is nothing."
-    module, _, attribute = name.partition(":")
-    try: return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"reward {str(name)!r} cannot be imported ({e}): use an importable 'module:function'") from e
+    "What 'module:attribute' or 'file.py:attribute' names; ValueError where there is nothing."
+    return import_name(name, "reward")
 
 # %% ../../nbs/world/20_rewards.ipynb #n906
 @dataclass
 class Function(Reward):
     "A plain function `fn(images, prompts, metadata)` that returns one score in [0, 1] per image."
     function: FunctionName | Callable
-    """the function, or its name, module:function"""
+    """the function, or its name, module:function or file.py:function"""
     options: dict[str, Any] = field(default_factory=dict)
     """further keyword arguments of every call"""
     name: str = ""
@@ -119,7 +118,7 @@ class Function(Reward):
         self.call = imported(self.function) if isinstance(self.function, str) else self.function
         if not callable(self.call):
             raise ValueError(f"reward {(self.name or str(self.function))!r} is a {type(self.call).__name__}, not a function")
-        self.name = self.version = self.name or getattr(self.function, "__name__", str(self.function))
+        self.name = self.version = self.name or getattr(self.function, "__name__", Path(str(self.function)).name)
 
     def __call__(self, images, prompts, metadata):
         raw = torch.as_tensor(self.call(images, prompts, metadata, **self.options), dtype=torch.float32).clone()
@@ -255,7 +254,8 @@ RewardSpec = FunctionName | Callable[[], Reward]  # the type of an option that s
 
 
 def make_reward(spec: Any, **options: Any) -> Reward:
-    """The reward of a class's name or import path, 'module:function', data {class_path, init_args}, a class or a factory.
+    """The reward of a class's name or import path, 'module:function' or 'file.py:function', data {class_path, init_args},
+    a class or a factory.
 
     `options` are the fields of the class, or arguments of the function. Raises ValueError, in one line, for a name that
     leads nowhere and for options that do not fit, and what making it raises. A Reward is returned as it is.
@@ -269,7 +269,7 @@ def make_reward(spec: Any, **options: Any) -> Reward:
         known = ", ".join(reward_classes())
         raise ValueError(f"unknown reward {spec!r}: known are {known}, and 'module:function'")
     found = imported(spec if ":" in spec else ":".join(spec.rsplit(".", 1)))
-    if not isinstance(found, type): return Function(found, options, spec)
+    if not isinstance(found, type): return Function(found, options, Path(spec).name)
     if issubclass(found, Reward): return build_reward(found, options)
     raise ValueError(f"reward {spec!r} is a class, but no reward: derive it from vgpo.rewards.base.Reward")
 

@@ -21,6 +21,7 @@ from jsonargparse.typing import PositiveInt
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, Mask2FormerImageProcessorPil
 from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
 
+from ..plugs import PathName
 from .base import check_images
 from .geneval import GenEvalRules
 from .weights import Dtype, load_whole, weights_id
@@ -158,8 +159,8 @@ class CocoDetector:
     Detections with a score up to `min_score` are dropped, for speed; `dtype` is CLIP's, Mask2Former always runs in
     float32. Raises what `load_mask2former` raises, and ValueError for images of another kind.
     """
-    weights: str = "facebook/mask2former-swin-small-coco-instance"
-    clip_weights: str = "openai/clip-vit-large-patch14"
+    weights: PathName = "facebook/mask2former-swin-small-coco-instance"
+    clip_weights: PathName = "openai/clip-vit-large-patch14"
     revision: str | None = None
     clip_revision: str | None = None
     device: str = "cpu"
@@ -210,9 +211,9 @@ def check_names(row: dict) -> None:
 @dataclass
 class GenEval(GenEvalRules):
     "GenEval as published: its rules over Mask2Former and CLIP, for COCO's classes and GenEval's ten colours."
-    weights: str = CocoDetector.weights
+    weights: PathName = CocoDetector.weights
     """folder or hub name of Mask2Former"""
-    clip_weights: str = CocoDetector.clip_weights
+    clip_weights: PathName = CocoDetector.clip_weights
     """folder or hub name of CLIP, which tells colours"""
     revision: str | None = None
     """commit, tag or branch of Mask2Former on the hub"""

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..distributed import Stop, broadcast, raise_on_all_ranks
 from ..evaluation.scores import Evaluation, evaluate, load_evaluation
-from ..files import atomic_write
+from ..files import atomic_write, put_folder
 from ..noise import epoch_prompts
 from ..plots import evenly_spaced
 from ..policies.base import load_policy
@@ -159,6 +159,17 @@ def save_weights(self: Session, folder: Path):
     "Write the averaged weights into a folder, for plain diffusers; all processes must call this."
     with self.trainer.averaged(): self.trainer.policy.save(self.weights_folder(folder), write=self.main)
 
+
+@patch
+def save_final(self: Session):
+    "Write the averaged weights beside, and then put them in the run's folder; all processes must call this."
+    part = self.folder / "weights.part"
+    try:
+        self.save_weights(part)
+        if self.main: put_folder(self.weights_folder(part), self.weights_folder(self.folder))
+    finally:
+        if self.main: shutil.rmtree(part, ignore_errors=True)  # which a full disk leaves
+
 # %% ../../nbs/runs/75_session.ipynb #c015
 @patch
 def save(self: Session):
@@ -207,7 +218,7 @@ def run(self: Session):
     with self.trainer.averaged(): after = self.evaluate()
     if self.config.evaluation.eval_every: self.keep_best(after)
     with raise_on_all_ranks(self.accelerator):  # none leaves while the first one is writing
-        self.save_weights(self.folder)
+        self.save_final()
         if self.main: self.report(after)
     return after
 

@@ -21,6 +21,7 @@ from tqdm.auto import trange
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..flow import interpolate
+from ..plugs import PathName
 from .scenes import COLORS, NUMBERS, SHAPES, SIZE, render_scene, split_scenes
 from .words import random_word, render_word, sign, split_words
 
@@ -179,7 +180,7 @@ def mislabel(rows: list[dict], scenes: float = 0.04, words: float = 0.2, seed: i
     return captions
 
 # %% ../../nbs/models/60_pretrain.ipynb #c036
-def pretrain(out, scenes=100_000, words=40_000, autoencoder_steps=2000, decoder_steps=3000, flow_steps=2500,
+def pretrain(out: PathName, scenes=100_000, words=40_000, autoencoder_steps=2000, decoder_steps=3000, flow_steps=2500,
              mislabeled_steps=2500, seed=0):
     "Make the tiny world's pipeline from nothing and save it in the folder `out`."
     images, rows = training_images(scenes, words, seed)
