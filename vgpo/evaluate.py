@@ -27,6 +27,7 @@ from huggingface_hub import try_to_load_from_cache
 
 # %% ../nbs/practice/82_evaluate.ipynb #c004
 import vgpo
+from .command_line import command_line
 from .config import Parser
 from .evaluation.compare import change_plot, collect, compare, footer
 from .evaluation.folder import EvaluationFolder, evaluate_in_folder, rows_digest
@@ -34,7 +35,8 @@ from .evaluation.images import EvaluationConfig
 from .evaluation.statistics import metrics_table
 from .files import atomic_write, digest
 from .open_run import open_policy, pick_device, read_model
-from .policies.loading import ModelConfig, PipelineConfig, model_digests, quiet
+from .plugs import PathName, Seed, check_fields
+from .policies.loading import ModelConfig, PipelineConfig, model_digests, pipeline_source, quiet
 from .prompts.files import load_prompts, prompt_sources
 from .rewards.base import RewardError, imported, make_reward, options_of, reward_classes
 from .text import save_figure
@@ -98,7 +100,7 @@ def check_at_least(**limits: float | None):
 @dataclass
 class SampleOptions:
     "What is drawn. What is not given is as the run or the recipe has it."
-    prompts: str | None = None
+    prompts: PathName | None = None
     """a source such as `geneval`, a .txt, .jsonl, .json, .csv or .tsv file, or `module:function`"""
     num_samples: int | None = None
     """number of images, or as many as there are prompts for"""
@@ -108,7 +110,7 @@ class SampleOptions:
     """deterministic sampling steps"""
     guidance_scale: float | None = None
     """classifier-free guidance; 1 is none"""
-    seed: int = 0
+    seed: Seed = 0
     """of the noise; the evaluations of every run have 0"""
     batch_size: int | None = None
     """images in one forward pass"""
@@ -117,20 +119,21 @@ class SampleOptions:
 @dataclass
 class EvaluateOptions(SampleOptions):
     "Of what, by which rewards, and where it is kept."
-    model: str | None = None
+    model: PathName | None = None
     """a run's folder, a pipeline's folder, `tiny`, or a name on the hub"""
-    lora: str | None = None
+    lora: PathName | None = None
     """a LoRA for the model: its file, or a folder with one"""
-    recipe: str = "tiny-geneval"
+    recipe: PathName = "tiny-geneval"
     """where the settings of a model come from; a run has its own"""
     rewards: list[str] | None = None
     """classes of rewards, or `module:function`; default: that of the run or recipe"""
     reward_options: dict[str, dict[str, Any]] | None = None
     """options by reward, '{PickScore: {dtype: bfloat16}}'"""
-    output: str | None = None
+    output: PathName | None = None
     """folder for images, scores and results, where the same command goes on; default: none, but a run's folder gets evaluation.json"""
 
     def __post_init__(self):
+        check_fields(self)
         names = ("num_samples", "images_per_prompt", "num_inference_steps", "guidance_scale", "batch_size")
         check_at_least(**{name: getattr(self, name) for name in names})
         if self.num_samples and self.num_samples % self.images_per_prompt:
@@ -168,13 +171,13 @@ def library_versions() -> dict[str, str]:
 
 
 def write_results(results: dict, model: str, output: str | None):
-    "Print the table; write it and the JSON to the folder `output` if there is one, else the JSON to a run's folder."
+    "Write the table and the JSON to the folder `output` if there is one, else the JSON to a run's folder; then print it."
     text, content = f"{metrics_table(results['metrics'])}\n\n{footer(results)}", json.dumps(results, indent=1)
-    print(text)
     if output:
         atomic_write(Path(output) / "table.md", text + "\n")
         atomic_write(Path(output) / "results.json", content)
     elif (Path(model) / "config.yaml").is_file(): atomic_write(Path(model) / "evaluation.json", content)
+    print(text)
 
 # %% ../nbs/practice/82_evaluate.ipynb #c026
 def evaluate_model(o: EvaluateOptions):
@@ -211,10 +214,10 @@ def compare_models(before: str, after: str, output: str | None = None):
 def evaluate_parser() -> Parser:
     "The command line of the program."
     parser = Parser(prog="python -m vgpo.evaluate", description="Draw held-out prompts and score the images.", allow_abbrev=False)
-    parser.add_argument("model", nargs="?", help="a run's folder, a pipeline's folder, `tiny`, or a name on the hub")
+    parser.add_argument("model", nargs="?", type=PathName, help="a run's folder, a pipeline's folder, `tiny`, or a name on the hub")
     parser.add_argument("--rewards", "--reward", nargs="+", metavar="REWARD",
                         help="classes of rewards, or `module:function`; default: that of the run or recipe")
-    parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"),
+    parser.add_argument("--compare", nargs=2, type=PathName, metavar=("BEFORE", "AFTER"),
                         help="two folders of --output: show the paired difference of their scores, and draw nothing")
     parser.add_class_arguments(EvaluateOptions, skip={"model", "rewards"})
     return parser
@@ -222,7 +225,7 @@ def evaluate_parser() -> Parser:
 # %% ../nbs/practice/82_evaluate.ipynb #c031
 def run_evaluation(argv: list[str] | None):
     "Do what a command line asks for."
-    given = evaluate_parser().parse_args(argv).as_dict()
+    given = evaluate_parser().parse_args(command_line(argv)).as_dict()
     compared, options = given.pop("compare"), EvaluateOptions(**given)
     if compared: return compare_models(*compared, options.output)
     if options.model is None: raise ValueError("nothing to evaluate; give a run or a model (`tiny` ships with vgpo)")

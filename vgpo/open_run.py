@@ -6,6 +6,7 @@
 __all__ = ['weights_folder', 'run_folder', 'read_run', 'read_model', 'open_policy', 'load_run', 'open_model', 'pick_device']
 
 # %% ../nbs/runs/77_open_run.ipynb #c003
+import shlex
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def read_run(folder: str | Path, model: str | None = None) -> tuple[Config, Path
     weights = weights_folder(folder, config.model)
     if folder.name == weights.name: weights = folder
     if not weights.is_dir():
-        raise FileNotFoundError(f"{folder} has no {weights.name}" + (f" yet; finish it with --resume {folder}" if folder.resolve() == run
+        raise FileNotFoundError(f"{folder} has no {weights.name}" + (f" yet; finish it with --resume {shlex.quote(str(folder))}" if folder.resolve() == run
                                                                       else f"; give the run, {run}"))
     config.model.path = model or config.model.path
     return config, weights

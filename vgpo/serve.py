@@ -9,9 +9,11 @@ __all__ = ['serve_parser', 'serve_reward', 'main']
 import sys
 from collections.abc import Callable
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt
 
+from .command_line import LineParser, command_line
+from .policies.loading import quiet
 from .rewards.base import Reward, make_reward, reward_classes
 from .rewards.remote import KEY_ENV, read_key
 
@@ -20,7 +22,7 @@ def serve_parser(limits: type) -> ArgumentParser:
     "The command line; `limits` is the dataclass of the server's limits."
     reward_classes()  # imports them, so that they are known by their names
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m vgpo.serve", exit_on_error=False, allow_abbrev=False,
+    parser = LineParser(prog="python -m vgpo.serve", allow_abbrev=False,
                             usage="%(prog)s --reward NAME [OPTIONS], or %(prog)s vote [OPTIONS] to let people vote",
                             description="Serve a reward over HTTP (POST /score and GET /health) until interrupted.")
     parser.add_argument("--reward", type=Callable[[], Reward] | str, required=True,
@@ -35,15 +37,15 @@ def serve_parser(limits: type) -> ArgumentParser:
 
 # %% ../nbs/practice/87_serve.ipynb #c008
 def serve_reward(argv: list[str] | None):
-    "Serve the reward of a command line until interrupted. ArgumentError, ValueError, OSError or ImportError."
+    "Serve the reward of a command line until interrupted. ValueError, OSError or ImportError."
     try:
         from vgpo.rewards.server import Limits, make_app, make_server, open_socket
     except ModuleNotFoundError as e:
         raise ValueError(f"{e.name} is missing: pip install starlette uvicorn pydantic") from None
     parser = serve_parser(Limits)
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["vote"]: argv[:1] = ["--reward", "Votes"]
-    made = vars(parser.instantiate(parser.parse_args(argv)))
+    words = command_line(argv)
+    if words[:1] == ["vote"]: words[:1] = ["--reward", "Votes"]
+    made = vars(parser.instantiate(parser.parse_args(words)))
     spec, port, host, key_env = (made.pop(name) for name in ("reward", "port", "host", "api_key_env"))
     limits, key = Limits(**made), read_key(key_env, KEY_ENV)
     with open_socket(host, port, key) as sock:
@@ -56,8 +58,9 @@ def serve_reward(argv: list[str] | None):
 
 def main(argv: list[str] | None = None):
     "The program; `argv` is the command line without its first word."
+    quiet()
     try: serve_reward(argv)
-    except (ArgumentError, ValueError, OSError, ImportError) as e: sys.exit(f"error: {' '.join(str(e).split())}")
+    except (ValueError, OSError, ImportError) as e: sys.exit(f"error: {' '.join(str(e).split())}")
     except KeyboardInterrupt: pass  # the server has shut down in order by then
 
 # %% ../nbs/practice/87_serve.ipynb #c025

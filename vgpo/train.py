@@ -9,6 +9,7 @@ __all__ = ['RESUMABLE', 'OUT_OF_MEMORY', 'begin', 'resume', 'resumed_config', 'r
 # %% ../nbs/runs/76_train.ipynb #c003
 import json
 import os
+import shlex
 import signal
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -20,12 +21,14 @@ from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from .command_line import command_line, take_option
 from .config import as_data, parse_config, save_config
 from .distributed import Stop, broadcast, init_accelerator, raise_on_all_ranks
+from .plugs import expand_path
 from .policies.loading import quiet
 from .rewards.base import RewardError
 from .runs.callbacks import TrainingError, finish_trackers, start_trackers, tracker_names
-from .runs.checkpoint import newest_valid
+from .runs.checkpoint import set_aside, sift
 from .runs.resume import change_lines, check_changes, lock_run, recipe_changes
 from .runs.session import Session, claim_folder
 
@@ -55,17 +58,18 @@ def resume(argv: list[str]) -> Session:
     folder, config, begun = resumed_config(argv)
     accelerator = run_accelerator(config, folder)
     with raise_on_all_ranks(accelerator): lock = lock_run(folder) if accelerator.is_main_process else None
-    path = broadcast(accelerator, lambda: (p := newest_valid(folder / "checkpoints")) and str(p))
-    state = json.loads((Path(path) / "state.json").read_text()) if path else {"recipe": as_data(begun), "epoch": 0}
+    path, damaged = broadcast(accelerator, lambda: sift(folder / "checkpoints"))
+    state = json.loads((path / "state.json").read_text()) if path else {"recipe": as_data(begun), "epoch": 0}
     changes = recipe_changes(state["recipe"], as_data(config))
     check_changes(changes, config)
     if config.epochs < state["epoch"]:
         raise ValueError(f"{folder} has {state['epoch']} epochs already; give --epochs {state['epoch']} or more")
     session = Session(config, folder, accelerator)
     session.lock = lock
-    session.restore(path and Path(path))
+    session.restore(path)
     with raise_on_all_ranks(accelerator):
         if session.main:
+            set_aside(damaged, path)  # now that the run goes on
             for line in change_lines(changes): tqdm.write(f"changed: {line}")
             session.save_versions()
             save_config(config, folder / "config.yaml")
@@ -74,13 +78,14 @@ def resume(argv: list[str]) -> Session:
 # %% ../nbs/runs/76_train.ipynb #c007s1
 def resumed_config(argv: list[str]):
     "The folder of a run to resume, its Config with the options that follow, and that of its config.yaml."
-    if argv[:1] != ["--resume"] or len(argv) < 2 or any(word.split("=")[0] == "--recipe" for word in argv):
+    run, rest = take_option(argv, "--resume", "the folder of a run")
+    if not argv[0].startswith("--resume") or any(word.split("=")[0] == "--recipe" for word in rest):
         raise ValueError("--resume comes first and takes the folder of a run, whose recipe is in its config.yaml; only "
                          "single options may follow")
-    folder = Path(argv[1])
+    folder = Path(expand_path(run, "--resume"))
     if not (folder / "config.yaml").is_file(): raise FileNotFoundError(f"{folder} is not a run: it has no config.yaml")
     recipe = ["--recipe", str(folder / "config.yaml")]
-    return folder, parse_config([*recipe, *argv[2:]]), parse_config(recipe)
+    return folder, parse_config([*recipe, *rest]), parse_config(recipe)
 
 
 def run_accelerator(config, folder: Path) -> Accelerator:
@@ -91,7 +96,7 @@ def run_accelerator(config, folder: Path) -> Accelerator:
 
 def start(argv: list[str]) -> Session:
     "The Session of a command line: a new one, or with `--resume RUN` the one in that folder."
-    session = resume(argv) if "--resume" in argv else begin(argv)
+    session = resume(argv) if any(word.split("=")[0] == "--resume" for word in argv) else begin(argv)
     session.accelerator.wait_for_everyone()
     start_trackers(session.accelerator, session.config, session.trainer.epoch)
     return session
@@ -152,18 +157,18 @@ OUT_OF_MEMORY = ("error: the memory of the accelerator is full; lower rollout.mi
 
 def see_through(session: Session):
     "Run a Session to its end and say what became of it, or raise SystemExit with what to do."
-    resume = f"go on from epoch {{}} with: python -m vgpo.train --resume {session.folder}"
+    def resume(epoch): return f"go on from epoch {epoch} with: python -m vgpo.train --resume {shlex.quote(str(session.folder))}"
     def end(line): sys.exit(line if session.main else 1)
     try:
         with stoppable(session): after = session.run()
     except Stop:
-        if session.main: tqdm.write(f"stopped; {resume.format(session.trainer.epoch)}")
+        if session.main: tqdm.write(f"stopped; {resume(session.trainer.epoch)}")
         sys.exit(RESUMABLE)
-    except (RewardError, FloatingPointError) as e: end(f"error: {e}\n{resume.format(session.trainer.epoch)}")
-    except TrainingError as e: end(f"error: {e}" + (f"\n{resume.format(session.saved)}" if session.saved else ""))
-    except torch.OutOfMemoryError: sys.exit(f"{OUT_OF_MEMORY}; then {resume.format(session.saved or 0)}")
+    except (RewardError, FloatingPointError) as e: end(f"error: {e}\n{resume(session.trainer.epoch)}")
+    except TrainingError as e: end(f"error: {e}" + (f"\n{resume(session.saved)}" if session.saved else ""))
+    except torch.OutOfMemoryError: sys.exit(f"{OUT_OF_MEMORY}; then {resume(session.saved or 0)}")
     except (OSError, SafetensorError) as e:  # the disk is full, or has gone
-        sys.exit(f"error: {e}; make room, then {resume.format(session.saved or 0)}")
+        sys.exit(f"error: {e}; make room, then {resume(session.saved or 0)}")
     if session.main: tqdm.write(f"held-out {session.before.describe()} -> {after.describe()}; report in {session.folder / 'report.md'}")
 
 # %% ../nbs/runs/76_train.ipynb #c018s1
@@ -183,8 +188,9 @@ def run_program(argv: list[str]):
 def main(argv: list[str] | None = None):
     "The program; `argv` is the command line without its first word."
     quiet()
-    argv = sys.argv[1:] if argv is None else list(argv)
-    with redirect_stdout(BrokenPipeSafe(sys.stdout)), redirect_stderr(BrokenPipeSafe(sys.stderr)): run_program(argv)
+    try: words = command_line(argv)
+    except ValueError as e: sys.exit(f"error: {e}")
+    with redirect_stdout(BrokenPipeSafe(sys.stdout)), redirect_stderr(BrokenPipeSafe(sys.stderr)): run_program(words)
 
 # %% ../nbs/runs/76_train.ipynb #c020
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -35,13 +35,13 @@ from safetensors import SafetensorError
 
 import vgpo
 from ..files import check_complete, digest
-from ..plugs import check_fields
+from ..plugs import PathName, check_fields
 
 # %% ../../nbs/training/30_loading.ipynb #c006
 @dataclass
 class PipelineConfig:
     "Which pipeline, and in which numbers."
-    path: str = "tiny"
+    path: PathName = "tiny"
     """`tiny`, a folder with a diffusers pipeline, or a name on the hub"""
     revision: str | None = None
     """branch, tag or commit of a model on the hub; default: its main branch"""
@@ -77,9 +77,9 @@ class ModelConfig(TrainableConfig):
     "The model, what is trained of it, and how it fits into memory."
     precompute_text_embeds: bool = False
     """encode every prompt of the run first, then drop the text encoders from memory"""
-    embedding_cache: str | None = None
+    embedding_cache: PathName | None = None
     """folder in which embeds of prompts are kept, for this run and later ones"""
-    tiny_vae: str | None = None
+    tiny_vae: PathName | None = None
     """folder or hub name of an AutoencoderTiny (TAESD) that decodes what is scored before the last step"""
     vae_tiling: bool = False
     """decode a large image in tiles: less memory, faint seams"""

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
+from ..command_line import LineParser, command_line
+from ..plugs import PathName
 from .files import find_source, load_prompts, make_rows, parse_row, prompt_sources
 from ..rewards.ocr import QUOTED
 
@@ -45,8 +45,8 @@ def file_lines(rows: list[dict], path: Path, source: str) -> list[str]:
     return [row["prompt"] for row in rows]
 
 # %% ../../nbs/world/28_prompt_files.ipynb #c011
-def write_prompts(source: str, out: str, split: Literal["train", "test"] = "train", count: int | None = None,
-                  seed: int | None = None, exclude: list[str] | None = None):
+def write_prompts(source: PathName, out: PathName, split: Literal["train", "test"] = "train", count: int | None = None,
+                  seed: int | None = None, exclude: list[PathName] | None = None):
     """Write prompts of a source into a new file.
 
     Args:
@@ -70,12 +70,12 @@ def write_prompts(source: str, out: str, split: Literal["train", "test"] = "trai
 # %% ../../nbs/world/28_prompt_files.ipynb #c012
 def main(argv: list[str] | None = None):
     "The program; `argv` is the command line without its first word."
-    parser = ArgumentParser(prog="python -m vgpo.prompts", description="Write prompts of a source into a new file.")
-    parser.add_argument("source", help=f"{', '.join(prompt_sources())}, or module:function")
+    parser = LineParser(prog="python -m vgpo.prompts", description="Write prompts of a source into a new file.")
+    parser.add_argument("source", type=PathName, help=f"{', '.join(prompt_sources())}, or module:function")
     parser.add_function_arguments(write_prompts, skip={"source", "exclude"}, as_positional=False)
-    parser.add_argument("--exclude", nargs="+", metavar="FILE",
+    parser.add_argument("--exclude", nargs="+", type=PathName, metavar="FILE",
                         help="prompt files whose questions must not occur, beside the held-out ones")
-    try: write_prompts(**parser.parse_args(argv).as_dict())
+    try: write_prompts(**parser.parse_args(command_line(argv)).as_dict())
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f"error: {e}")
 
 # %% ../../nbs/world/28_prompt_files.ipynb #c016

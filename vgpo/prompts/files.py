@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import vgpo.prompts
+from ..command_line import import_name
+from ..plugs import PathName, check_fields
 from ..rewards.geneval import TAGS, check_row
 
 # %% ../../nbs/world/26_prompts.ipynb #c006
@@ -201,13 +203,11 @@ def prompt_sources() -> dict[str, Callable[..., list[dict]]]:
 
 # %% ../../nbs/world/26_prompts.ipynb #c018
 def find_source(name: str) -> Callable[..., list[dict]]:
-    "The function that a source's name or `module:function` stands for; ValueError if there is none."
+    "The function that a source's name, `module:function` or `file.py:function` stands for; ValueError if there is none."
     if ":" not in name and name not in SOURCES and name not in prompt_sources():
         known = ", ".join(prompt_sources())
         raise ValueError(f"unknown source of prompts {name!r}: use one of {known}, or 'module:function'")
-    try: return SOURCES[name] if name in SOURCES else pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise ValueError(f"prompts {name!r} cannot be imported ({e}); use an importable 'module:function'") from e
+    return SOURCES[name] if name in SOURCES else import_name(name, "prompts")
 
 
 def make_rows(source: str, split: str, count: int | None = None, **options: Any) -> list[Row]:
@@ -239,12 +239,13 @@ def load_prompts(source: str | Path, split: str, count: int | None = None, uniqu
 @dataclass
 class PromptsConfig:
     "What is asked for: in training, and in the held-out evaluation."
-    train: str = "tiny-scenes"
+    train: PathName = "tiny-scenes"
     """a source such as `tiny-scenes` or `geneval`, a .txt, .jsonl, .json, .csv or .tsv file, or `module:function`"""
-    test: str = "tiny-scenes"
+    test: PathName = "tiny-scenes"
     """the same for the held-out prompts; of a source, these are its split `test`"""
 
     harmless = frozenset({"test"})  # changes no weight, see vgpo.runs.resume
+    def __post_init__(self): check_fields(self)
 
 # %% ../../nbs/world/26_prompts.ipynb #c024
 def check_rows(rows: list[dict], reward: Any) -> list[dict]:

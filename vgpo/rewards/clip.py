@@ -21,7 +21,7 @@ from jsonargparse.typing import PositiveInt
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from ..files import check_weights
-from ..plugs import check_fields
+from ..plugs import PathName, check_fields
 from .base import Reward, Scores
 from .weights import Dtype, load_errors, load_whole, provenance, read_tensors, weights_id
 
@@ -48,9 +48,9 @@ def letterbox(images: np.ndarray, size: int, antialias: bool = True) -> torch.Te
 @dataclass
 class CLIPBase(Reward):
     "What the CLIP rewards share: a model, its tokenizer and its preprocessing, loaded, checked, and named in `version`."
-    weights: str = ""
+    weights: PathName = ""
     """folder or hub name of the weights"""
-    processor: str = ""
+    processor: PathName = ""
     """folder or hub name of tokenizer and preprocessing; by default that of the weights"""
     revision: str | None = None
     """commit, tag or branch of the weights on the hub"""
@@ -138,7 +138,7 @@ def cosine(self: CLIPBase, images: np.ndarray, prompts: list[str]) -> torch.Tens
 class CLIPScore(CLIPBase):
     "Does the image match the prompt? The cosine of the two, with OpenAI's CLIP ViT-L/14."
     scale, networks = "max(raw, 0)", ("CLIP ViT-L/14",)
-    weights: str = "openai/clip-vit-large-patch14"
+    weights: PathName = "openai/clip-vit-large-patch14"
     """folder or hub name of the weights"""
 
     def raw(self, images, prompts): return self.cosine(images, prompts)
@@ -148,9 +148,9 @@ class CLIPScore(CLIPBase):
 class PickScore(CLIPBase):
     "Would people prefer it? exp(logit_scale) times the cosine, with PickScore v1's CLIP-H."
     scale, unit, networks = "raw / 26, clamped to [0, 1]", 26.0, ("CLIP ViT-H/14",)
-    weights: str = "yuvalkirstain/PickScore_v1"
+    weights: PathName = "yuvalkirstain/PickScore_v1"
     """folder or hub name of the weights"""
-    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    processor: PathName = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     """folder or hub name of tokenizer and preprocessing"""
 
     def raw(self, images, prompts):
@@ -181,9 +181,9 @@ def collapse(layers: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Te
 class Aesthetic(CLIPBase):
     "Is it pretty? LAION's predictor, an affine map of the image's unit vector; the prompt does not count."
     scale, unit, networks = "raw / 10, clamped to [0, 1]", 10.0, ("CLIP ViT-L/14",)
-    weights: str = "openai/clip-vit-large-patch14"
+    weights: PathName = "openai/clip-vit-large-patch14"
     """folder or hub name of CLIP's weights"""
-    head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
+    head: PathName = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
     """the predictor, sac+logos+ava1-l14-linearMSE.pth: a path or owner/repository/file"""
 
     def __post_init__(self):
@@ -260,9 +260,9 @@ def load_open_clip(weights: str, revision: str | None, processor: str) -> CLIPMo
 class HPSv2(CLIPBase):
     "Would people prefer it? The cosine of HPSv2.1's CLIP-H on the whole, letterboxed image."
     scale, networks = "max(raw, 0)", ("CLIP ViT-H/14",)
-    weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt"
+    weights: PathName = "xswu/HPSv2/HPS_v2.1_compressed.pt"
     """an open_clip checkpoint: a path or owner/repository/file"""
-    processor: str = PickScore.processor
+    processor: PathName = PickScore.processor
     """folder or hub name of tokenizer, preprocessing and the model's config"""
     antialias: bool = True
     """false resizes as torchvision did up to 0.16"""

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVi
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from ..files import check_weights
-from ..plugs import check_fields
+from ..plugs import PathName, check_fields
 from .base import Reward, Scores
 from .weights import Dtype, load_errors, provenance, read_tensors
 
@@ -93,11 +93,11 @@ def load_tokenizer(name: str, words: int):
 @dataclass
 class ImageReward(Reward):
     "Would people prefer it? ImageReward (Xu et al., 2023): raw is about standard normal over its authors' images."
-    weights: str = "THUDM/ImageReward/ImageReward.pt"
+    weights: PathName = "THUDM/ImageReward/ImageReward.pt"
     """the published file or one like it: a path or owner/repository/file"""
     revision: str | None = None
     """commit, tag or branch of the weights on the hub"""
-    tokenizer: str = "google-bert/bert-base-uncased"
+    tokenizer: PathName = "google-bert/bert-base-uncased"
     """folder or hub name"""
     device: str = "cpu"
     """where it computes"""
