@@ -36,7 +36,7 @@ from .evaluation.statistics import metrics_table
 from .files import atomic_write, digest
 from .open_run import open_policy, pick_device, read_model
 from .plugs import PathName, Seed, check_fields
-from .policies.loading import ModelConfig, PipelineConfig, model_digests, pipeline_source, quiet
+from .policies.loading import ModelConfig, PipelineConfig, model_digests, quiet
 from .prompts.files import load_prompts, prompt_sources
 from .rewards.base import RewardError, imported, make_reward, options_of, reward_classes
 from .text import save_figure
