@@ -100,7 +100,9 @@ def test_pefts_own_form(sd3, bare, tmp_path, options):
     g = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 7, 32, generator=g), torch.randn(2, 32, generator=g)
     with torch.no_grad():
-        wanted, found = (n(*inputs, torch.tensor([500.0, 20.0]), return_dict=False)[0] for n in (model, bare.transformer))
+        wanted, found = (
+            n(*inputs, torch.tensor([500.0, 20.0]), return_dict=False)[0] for n in (model, bare.transformer)
+        )
         with model.disable_adapter():
             base = model(*inputs, torch.tensor([500.0, 20.0]), return_dict=False)[0]
     assert torch.equal(wanted, found) and (wanted - base).abs().max() > 1e-3
@@ -148,10 +150,14 @@ def test_kohyas_form_where_diffusers_converts_it(source, bare, tmp_path):
     flux.load_lora_weights(file)
     assert same(found, values(flux.transformer)) and len(found) == 6
     flux.unload_lora_weights()
-    stray = written(kohya() | {"lora_unet_nothing_known.lora_down.weight": torch.ones(2, 2)}, tmp_path / "kohya.safetensors")
+    stray = written(
+        kohya() | {"lora_unet_nothing_known.lora_down.weight": torch.ones(2, 2)}, tmp_path / "kohya.safetensors"
+    )
     with pytest.raises(ValueError, match="cannot load the LoRA .*nothing_known.*kohya's form"):
         load_lora(flux, stray)
-    with pytest.raises(ValueError, match="kohya's form, which is not converted for a StableDiffusion3Pipeline: convert it"):
+    with pytest.raises(
+        ValueError, match="kohya's form, which is not converted for a StableDiffusion3Pipeline: convert it"
+    ):
         load_lora(bare, file)
 
 
@@ -210,7 +216,9 @@ def test_of_several_files_none_is_taken(source, bare, tmp_path):
     ("attn.norm_q", "RMSNorm"), ("norm2", "LayerNorm"), ("attn", "Attention"), ("transformer_blocks.1.ff", "FeedForward")])  # fmt: skip
 def test_targets_without_the_form_of_a_lora(sd3, target, kind):
     policy = load_policy(ModelConfig(str(sd3)))
-    with pytest.raises(ValueError, match=f"model.lora_targets has '{target}', but .* is a {kind}, which has no matrix to adapt"):
+    with pytest.raises(
+        ValueError, match=f"model.lora_targets has '{target}', but .* is a {kind}, which has no matrix to adapt"
+    ):
         policy.add_lora(rank=2, targets=["attn.to_q", target])
     assert not policy.parameters() or not any(".lora_" in name for name, _ in policy.network.named_parameters())
 
@@ -224,14 +232,18 @@ def renamed(name, how):
 
 
 CHANGES = st.lists(
-    st.tuples(st.sampled_from(["drop", "prefix", "block", "half", "bare", "peft", "extra", "shape"]), st.integers(0, 15)),
+    st.tuples(
+        st.sampled_from(["drop", "prefix", "block", "half", "bare", "peft", "extra", "shape"]), st.integers(0, 15)
+    ),
     max_size=3,
 )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=CHANGES, with_settings=st.booleans())
-def test_whatever_a_lora_holds_all_of_it_is_used_or_one_line_says_why_not(source, pipe, tmp_path, changes, with_settings):
+def test_whatever_a_lora_holds_all_of_it_is_used_or_one_line_says_why_not(
+    source, pipe, tmp_path, changes, with_settings
+):
     tensors = load_file(source)
     names = sorted(tensors)
     for how, i in changes:

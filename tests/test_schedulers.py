@@ -79,7 +79,9 @@ def test_steps_that_are_not_eulers_from_noise_to_image_are_refused(with_schedule
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_schedulers_are_refused_by_name(with_scheduler, name):
-    with pytest.raises(ValueError, match=f"is a {name}, and only a FlowMatchEulerDiscreteScheduler can be trained: take"):
+    with pytest.raises(
+        ValueError, match=f"is a {name}, and only a FlowMatchEulerDiscreteScheduler can be trained: take"
+    ):
         with_scheduler(getattr(diffusers, name)())
 
 
