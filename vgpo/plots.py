@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .rewards.base import Scores
-from .text import PLAIN, figure_text
+from .text import PLAIN_TEXT, figure_text
 
 # %% ../nbs/evaluation/58_plots.ipynb #c009
 LETTER = 0.6  # mean width of a letter, in units of the font's size
@@ -62,11 +62,11 @@ def image_grid(images: Sequence[np.ndarray], captions: Sequence[str] | None = No
     for axis in axes.flat: axis.set(xticks=[], yticks=[], frame_on=False)
     for axis, image, caption, mark in zip(axes.flat, images, texts, marks if marks is not None else [None] * len(images)):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(caption, fontsize=fontsize, pad=3, **PLAIN)
+        axis.set_title(caption, fontsize=fontsize, pad=3, **PLAIN_TEXT)
         if mark is not None: frame(axis, mark)
     for axis, label in zip(axes[:, 0], row_labels or []):
-        axis.set_ylabel(wrap_caption(label, size, fontsize + 2), fontsize=fontsize + 2, **PLAIN)
-    if title: figure.suptitle(title, fontsize=9, **PLAIN)
+        axis.set_ylabel(wrap_caption(label, size, fontsize + 2), fontsize=fontsize + 2, **PLAIN_TEXT)
+    if title: figure.suptitle(title, fontsize=9, **PLAIN_TEXT)
     return figure
 
 # %% ../nbs/evaluation/58_plots.ipynb #c022

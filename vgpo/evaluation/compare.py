@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from .folder import EvaluationFolder, differences, read_json
 from .scores import read_evaluation
-from ..text import PLAIN, figure_text
+from ..text import PLAIN_TEXT, figure_text
 
 # %% ../../nbs/evaluation/57_compare.ipynb #c006
 def collect(f: EvaluationFolder, settings: dict, names: list[str]) -> dict:
@@ -75,11 +75,11 @@ def change_plot(change: dict, title: str = "") -> Figure:
             axis.plot([low, high], [y, y], color="black" if y == len(rows) - 1 else "tab:blue", linewidth=2)
             axis.plot(figures["mean"], y, "o", color="black" if y == len(rows) - 1 else "tab:blue")
         axis.axvline(0, color="0.6", linewidth=1)
-        axis.set_yticks(range(len(rows)), [figure_text(label, 24, most=3) for label, _ in rows], **PLAIN)
-        axis.set_title(figure_text(f"{name}: change of {kind}", 40), fontsize=10, **PLAIN)
+        axis.set_yticks(range(len(rows)), [figure_text(label, 24, most=3) for label, _ in rows], **PLAIN_TEXT)
+        axis.set_title(figure_text(f"{name}: change of {kind}", 40), fontsize=10, **PLAIN_TEXT)
         axis.set_xlabel("after minus before, 95 % interval", fontsize=9)
         axis.locator_params(axis="x", nbins=4)
         axis.ticklabel_format(axis="x", style="plain", useOffset=False)
         axis.invert_yaxis()
-    if title: figure.suptitle(figure_text(title, 50 * len(change)), fontsize=10, **PLAIN)
+    if title: figure.suptitle(figure_text(title, 50 * len(change)), fontsize=10, **PLAIN_TEXT)
     return figure

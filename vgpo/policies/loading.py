@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TINY', 'HINTS', 'FAULTS', 'OTHER_HALVES', 'CONFIGS', 'PipelineConfig', 'TrainableConfig', 'ModelConfig',
            'pipeline_source', 'hub_hint', 'one_line', 'pipeline_errors', 'load_network', 'check_parts', 'model_index',
-           'listed_parts', 'read_part', 'part_class', 'load_networks', 'load_pipeline', 'quiet', 'networks', 'freeze',
-           'read_configs', 'part_from_config', 'pipeline_from_configs', 'LatentSpec', 'latent_side', 'check_tokens',
-           'resolution_shift', 'check_scheduler', 'load_tiny_vae', 'check_tiny_vae', 'reduce_vae_memory',
-           'model_digests']
+           'listed_parts', 'read_part', 'part_class', 'load_tokenizer', 'load_parts', 'load_pipeline', 'quiet',
+           'networks', 'freeze', 'read_configs', 'part_from_config', 'pipeline_from_configs', 'LatentSpec',
+           'latent_side', 'check_tokens', 'resolution_shift', 'check_scheduler', 'load_tiny_vae', 'check_tiny_vae',
+           'reduce_vae_memory', 'model_digests']
 
 # %% ../../nbs/training/30_loading.ipynb #c003
 import inspect
@@ -162,8 +162,8 @@ def load_network(cls: type, folder: str | Path, dtype: torch.dtype | None = None
 
 
 def check_parts(pipe):
-    "Raise ValueError for a network that is absent, or a tokenizer with more words than its text encoder, or not half as many."
-    for name in ("transformer", "vae", "text_encoder"):
+    "Raise ValueError for a part that is absent, or a tokenizer with more words than its text encoder, or not half as many."
+    for name in ("transformer", "vae", "scheduler", "text_encoder"):
         if getattr(pipe, name) is None: raise ValueError(f"model_index.json has no {name}, without which nothing is drawn")
     for name, encoder in networks(pipe, "text_encoder").items():
         tokenizer, known = f"tokenizer{name.removeprefix('text_encoder')}", encoder.get_input_embeddings().num_embeddings
@@ -204,13 +204,20 @@ def part_class(folder: Path, library: str, kind: str) -> type:
     return cls
 
 # %% ../../nbs/training/30_loading.ipynb #4c288bdb
-def load_networks(path: str | Path, folder: Path, index: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    "{name: network} of all parts of a pipeline's folder that are networks; OSError that names the part that is not whole."
+def load_tokenizer(cls: type, folder: Path):
+    "The tokenizer in a folder; ValueError if it is damaged."
+    try: return cls.from_pretrained(folder)
+    except Exception as e: raise ValueError(f"tokenizer.json or its configuration is damaged ({one_line(e)})") from e  # of no finer class
+
+
+def load_parts(path: str | Path, folder: Path, index: dict, dtype: torch.dtype) -> dict[str, Any]:
+    "{name: part} of the networks and tokenizers in a pipeline's folder; OSError that names the part that is not whole."
     found = {}
     for name, part in listed_parts(index).items():
         with pipeline_errors(path, part=name):
             cls = part_class(folder / name, *part)
             if issubclass(cls, torch.nn.Module): found[name] = load_network(cls, folder / name, dtype)
+            if issubclass(cls, transformers.PreTrainedTokenizerBase): found[name] = load_tokenizer(cls, folder / name)
     return found
 
 
@@ -225,7 +232,7 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, revision
     with pipeline_errors(path):
         if not isinstance(folder, Path):
             folder = Path(diffusers.DiffusionPipeline.download(folder, revision=revision, use_safetensors=True, **absent))
-    parts = load_networks(path, folder, index, dtype)
+    parts = load_parts(path, folder, index, dtype)
     with pipeline_errors(path):
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts, **absent)
         check_parts(pipe)
