@@ -24,7 +24,7 @@ def option_types(section, data, prefix=""):
     found = {}
     for f in fields(section):
         name, value = prefix + f.name, data[f.name]
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not (class_of(value) or is_dataclass(f.type)):
             found[name] = f.type
         elif plug := class_of(value):
             found[f"{name}.class_path"] = f.type

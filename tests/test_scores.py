@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -433,3 +434,25 @@ def test_killed_and_continued_by_two_processes_it_ends_like_an_unbroken_one(tiny
         assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
     shares = [len(path.read_text().splitlines()) for path in sorted(folder.glob("scores/GenEvalShapes/*.jsonl"))]
     assert shares == [12, 12] and json.loads((folder / "results.json").read_text())["images"] == 24
+
+
+@pytest.mark.parametrize("part", ["transformer", "in memory", "text_encoder", "scheduler"])
+def test_a_folder_of_another_policy_is_refused(tiny_folder, tmp_path, part):
+    "Whether its model was changed where it lies, or only in memory, as by training."
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    policy = load_policy(ModelConfig(path=str(folder)))
+    evaluate(policy, {"bright": Bright()}, ROWS[:2], TWO, folder=tmp_path / "f")
+    evaluate(policy, {"bright": Bright()}, ROWS[:2], TWO, folder=tmp_path / "f")
+    if part == "in memory":
+        list(policy.network.parameters())[-1].view(-1)[-1:].add_(1e-3)
+    elif part == "scheduler":
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.write_text(file.read_text().replace('"shift": 3.0', '"shift": 2.0'))
+    else:
+        (file,) = (folder / part).glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-4] + b"1111")
+    if part != "in memory":
+        policy = load_policy(ModelConfig(path=str(folder)))
+    name = "weights" if part == "in memory" else f"model.{part}"
+    with pytest.raises(ValueError, match=f"with other settings: .*{name} is .* there and .* here"):
+        evaluate(policy, {"bright": Bright()}, ROWS[:2], TWO, folder=tmp_path / "f")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Evaluation', 'columns', 'evaluate_in_memory', 'concatenate', 'load_evaluation', 'prompt_clusters', 'read_evaluation',
-           'evaluate']
+           'policy_digests', 'evaluate']
 
 # %% ../../nbs/evaluation/56_scores.ipynb #c003
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from .images import EvaluationConfig, draw_samples
 from .statistics import CHANGE_BOUNDS, summarize
 from ..files import atomic_write
 from ..policies.base import Policy
+from ..policies.loading import model_digests
+from ..policies.shard import full_tensor
 from ..rewards.base import Reward, Scores, score
 
 # %% ../../nbs/evaluation/56_scores.ipynb #c006
@@ -145,6 +148,16 @@ def read_evaluation(f: EvaluationFolder, names: list[str], cluster: str = "promp
     return Evaluation(rows, scores, np.empty((0, 0, 0, 3), np.uint8), [], clusters)
 
 # %% ../../nbs/evaluation/56_scores.ipynb #c023
+def policy_digests(policy: Policy) -> dict[str, str]:
+    "{name: digest} of the parts that a policy was loaded from and of its network's weights; all processes must call this."
+    total = hashlib.sha256()
+    for name, tensor in policy.network.state_dict().items():
+        total.update(name.encode())
+        total.update(full_tensor(tensor).detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    parts = model_digests(policy.model, without=("tiny_vae",))
+    return {f"model.{part}": found for part, found in parts.items()} | {"weights": total.hexdigest()[:12]}
+
+
 def evaluate(policy: Policy, rewards: dict[str, Reward], rows: list[dict], config: EvaluationConfig, *,
              accelerator: Accelerator | PartialState | None = None, folder: Path | None = None, seed: int = 0,
              batch_size: int = 64, timeout: float | None = 600.0, proceed: Callable[[], None] | None = None) -> Evaluation:
@@ -159,7 +172,7 @@ def evaluate(policy: Policy, rewards: dict[str, Reward], rows: list[dict], confi
     state = accelerator or PartialState()
     f = EvaluationFolder(Path(folder), rows, 1, batch_size, state.process_index, state.num_processes)
     settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale, "seed": seed,
-                "rows": len(rows), "rows_sha256": rows_digest(rows)}
+                "rows": len(rows), "rows_sha256": rows_digest(rows), **policy_digests(policy)}
     makers = {name: lambda reward=reward: reward for name, reward in rewards.items()}
     evaluate_in_folder(f, settings, lambda: policy, makers, config, state, seed, timeout)
     return read_evaluation(f, list(rewards), cluster="image")

@@ -62,7 +62,7 @@ class Policy:
 @patch
 def __init__(self: Policy, pipe, model: ModelConfig | None = None, device: str | torch.device = "cpu"):
     "A policy without adapters; raises ValueError where model.resolution or model.max_sequence_length does not fit."
-    model = model or ModelConfig()
+    self.model = model = model or ModelConfig()
     self.pipe, self.device, self.network, self.dtype = pipe, torch.device(device), pipe.transformer, pipe.transformer.dtype
     self.max_sequence_length = self.default_tokens if model.max_sequence_length is None else model.max_sequence_length
     check_tokens(self.max_sequence_length, *self.token_range)
