@@ -163,7 +163,7 @@ def failure(call: Callable, *args, **kwargs) -> str | None:
     try: call(*args, **kwargs)
     except Exception as e: return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"  # a client has errors of its own
 
-# %% ../../nbs/runs/73_callbacks.ipynb #c019s4
+
 @patch
 def track(self: Log, tracker: GeneralTracker, metrics: dict):
     "Give a tracker the numbers of this epoch, and of those that it could not take before."
