@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'HINTS', 'FAULTS', 'OTHER_HALVES', 'CONFIGS', 'PipelineConfig', 'TrainableConfig', 'ModelConfig',
            'pipeline_source', 'hub_hint', 'one_line', 'pipeline_errors', 'load_network', 'check_parts', 'model_index',
-           'listed_parts', 'read_part', 'part_class', 'load_tokenizer', 'load_parts', 'load_pipeline', 'quiet',
+           'listed_parts', 'read_part', 'part_class', 'read_tokenizer', 'load_parts', 'load_pipeline', 'quiet',
            'networks', 'freeze', 'read_configs', 'part_from_config', 'pipeline_from_configs', 'LatentSpec',
            'latent_side', 'check_tokens', 'resolution_shift', 'check_scheduler', 'load_tiny_vae', 'check_tiny_vae',
            'reduce_vae_memory']
@@ -202,7 +202,7 @@ def part_class(folder: Path, library: str, kind: str) -> type:
     return cls
 
 # %% ../../nbs/training/30_loading.ipynb #4c288bdb
-def load_tokenizer(cls: type, folder: Path):
+def read_tokenizer(cls: type, folder: Path):
     "The tokenizer in a folder; ValueError if it is damaged."
     try: return cls.from_pretrained(folder)
     except Exception as e: raise ValueError(f"tokenizer.json or its configuration is damaged ({one_line(e)})") from e  # of no finer class
@@ -215,7 +215,7 @@ def load_parts(path: str | Path, folder: Path, index: dict, dtype: torch.dtype) 
         with pipeline_errors(path, part=name):
             cls = part_class(folder / name, *part)
             if issubclass(cls, torch.nn.Module): found[name] = load_network(cls, folder / name, dtype)
-            if issubclass(cls, transformers.PreTrainedTokenizerBase): found[name] = load_tokenizer(cls, folder / name)
+            if issubclass(cls, transformers.PreTrainedTokenizerBase): found[name] = read_tokenizer(cls, folder / name)
     return found
 
 
