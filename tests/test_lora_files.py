@@ -150,9 +150,7 @@ def test_kohyas_form_where_diffusers_converts_it(source, bare, tmp_path):
     flux.load_lora_weights(file)
     assert same(found, values(flux.transformer)) and len(found) == 6
     flux.unload_lora_weights()
-    stray = written(
-        kohya() | {"lora_unet_nothing_known.lora_down.weight": torch.ones(2, 2)}, tmp_path / "kohya.safetensors"
-    )
+    stray = kohya() | {"lora_unet_nothing_known.lora_down.weight": torch.ones(2, 2)}
     with pytest.raises(ValueError, match="cannot load the LoRA .*nothing_known.*kohya's form"):
         load_lora(flux, written(stray, tmp_path / "stray.safetensors"))
     with pytest.raises(ValueError, match="kohya's form, which is not converted for a StableDiffusion3Pipeline"):
@@ -211,7 +209,8 @@ def test_of_several_files_none_is_taken(source, bare, tmp_path):
 
 
 @pytest.mark.parametrize(("target", "kind"), [
-    ("attn.norm_q", "RMSNorm"), ("norm2", "LayerNorm"), ("attn", "Attention"), ("transformer_blocks.1.ff", "FeedForward"),
+    ("attn.norm_q", "RMSNorm"), ("norm2", "LayerNorm"), ("attn", "Attention"),
+    ("transformer_blocks.1.ff", "FeedForward"),
 ])  # fmt: skip
 def test_targets_without_the_form_of_a_lora(sd3, target, kind):
     policy = load_policy(ModelConfig(str(sd3)))
@@ -224,8 +223,13 @@ def test_targets_without_the_form_of_a_lora(sd3, target, kind):
 
 
 def renamed(name, how):
-    return {"prefix": f"model.{name}", "block": name.replace("blocks.0", "blocks.7"), "half": name.replace("lora_A", "lora_C"),
-            "bare": name.removeprefix("transformer."), "peft": name.replace("transformer.", "base_model.model.", 1)}[how]  # fmt: skip
+    return {
+        "prefix": f"model.{name}",
+        "block": name.replace("blocks.0", "blocks.7"),
+        "half": name.replace("lora_A", "lora_C"),
+        "bare": name.removeprefix("transformer."),
+        "peft": name.replace("transformer.", "base_model.model.", 1),
+    }[how]
 
 
 CHANGES = st.lists(

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
@@ -124,7 +125,7 @@ def hub_hint(error: BaseException | None, model: str) -> str | None:
 
 
 FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
-          ValueError, SafetensorError)  # what a library raises for a file that is not what it takes it for
+          ValueError, SafetensorError, StrictDataclassError)  # what a library raises for a file that is not what it takes it for
 
 
 def one_line(error: BaseException) -> str:
