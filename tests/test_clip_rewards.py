@@ -461,9 +461,7 @@ def test_what_cannot_be_found_is_named_with_a_remedy(folder, tmp_path, monkeypat
 
 def test_weights_of_half_a_model_are_refused(folder, tiny, tmp_path):
     tiny.text_model.save_pretrained(tmp_path / "text")
-    with pytest.raises(
-        ValueError, match="'.*text' do not fit the model: .* missing .*; give those of a whole CLIPModel"
-    ):
+    with pytest.raises(ValueError, match="text' do not fit the model: .* missing .*; give those of a whole CLIPModel"):
         CLIPScore(tmp_path / "text", folder)
     shutil.copytree(folder, tmp_path / "shape")
     config = tiny_config()

@@ -149,9 +149,7 @@ def test_lora_on_a_base_model_is_the_run(trained, tiny_folder):
     assert np.array_equal(ours, theirs) and not policy.parameters()
     with pytest.raises(ValueError, match="is a run and has weights of its own; give --lora with a base model only"):
         read_model(str(folder), lora=str(folder / "lora"))
-    with pytest.raises(
-        FileNotFoundError, match="absent is neither a .safetensors file nor a folder with one; give a LoRA"
-    ):
+    with pytest.raises(FileNotFoundError, match="absent is neither a .safetensors file nor a folder with one"):
         read_model("tiny", lora=str(folder / "absent"))
 
 
@@ -188,9 +186,7 @@ def test_a_part_of_a_run_is_the_run(trained, tiny_folder, tmp_path):
     (run / "checkpoints" / "epoch-00004").mkdir()
     with pytest.raises(FileNotFoundError, match=f"epoch-00004 has no lora; give the run, {run}"):
         read_model(str(run / "checkpoints" / "epoch-00004"))
-    with pytest.raises(
-        SystemExit, match="^error: .* holds weights and is no whole model; give the base model .* and --lora"
-    ):
+    with pytest.raises(SystemExit, match="^error: .* holds weights and is no whole model; give .* and --lora"):
         main([str(shutil.copytree(run / "lora", tmp_path / "alone"))])
     inside = shutil.copytree(tiny_folder, run / "checkpoints" / "pipeline")  # a model is a model, wherever it lies
     assert read_model(str(inside))[0].model.path == str(inside)

@@ -78,8 +78,13 @@ def test_weights_that_are_not_whole_are_named_with_their_part(copy, part, how):
     folder = copy("sd3")
     names = sorted(load_file(next((folder / part).glob("*.safetensors"))))
     change(folder / part, CHANGES[how])
-    said = {"lacks one": f"{names[-1]} is missing", "lacks a block": "is missing (and", "has a prefix": "is unknown (and",
-            "has one too many": "layers.99.weight is unknown", "has another shape": names[-1]}  # fmt: skip
+    said = {
+        "lacks one": f"{names[-1]} is missing",
+        "lacks a block": "is missing (and",
+        "has a prefix": "is unknown (and",
+        "has one too many": "layers.99.weight is unknown",
+        "has another shape": names[-1],
+    }
     if part != "text_encoder_3" or how != "lacks one":  # whose last tensor may be tied to another
         refused(folder, f"{part}: ", said[how])
 
@@ -106,7 +111,8 @@ def test_a_text_encoder_may_be_half_of_a_file(copy, folders):
 
 @pytest.mark.parametrize(("part", "key", "value"), [
     ("transformer", "num_layers", 2), ("text_encoder", "num_hidden_layers", 2), ("text_encoder_3", "num_layers", 3),
-    ("vae", "latent_channels", 8), ("transformer", "in_channels", 16), ("text_encoder_2", "hidden_size", 32)])  # fmt: skip
+    ("vae", "latent_channels", 8), ("transformer", "in_channels", 16), ("text_encoder_2", "hidden_size", 32),
+])  # fmt: skip
 def test_a_configuration_of_another_model(copy, part, key, value):
     folder = copy("sd3")
     file = folder / part / "config.json"
@@ -148,8 +154,12 @@ def test_tokenizers(copy, folders):
 def test_parts_that_are_absent(copy):
     folder = copy("sd3")
     index = json.loads((folder / "model_index.json").read_text())
-    for name, value in (("vae", [None, None]), ("transformer", ["diffusers", "NoSuchClass"]), ("text_encoder", ["torch", "load"]),
-                        ("scheduler", [None, None])):  # fmt: skip
+    for name, value in (
+        ("vae", [None, None]),
+        ("transformer", ["diffusers", "NoSuchClass"]),
+        ("text_encoder", ["torch", "load"]),
+        ("scheduler", [None, None]),
+    ):
         (folder / "model_index.json").write_text(json.dumps(index | {name: value}))
         refused(folder, name)
     (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "vae"}))
@@ -161,10 +171,10 @@ def test_parts_that_are_absent(copy):
 FILES = [f"{part}/{name}" for part in PARTS for name in ("config.json", "*.safetensors")]
 FILES += [f"tokenizer{n}/{name}" for n in ("", "_2", "_3") for name in ("tokenizer.json", "tokenizer_config.json")]
 FILES += ["model_index.json", "scheduler/scheduler_config.json"]
-VALUES = st.sampled_from([0, -1, 2, 7, 1.5, None, "no", True, [], [3], {}])
+VALUES = st.sampled_from([0, 2, 7, 1.5, None, "no", True, [], [3], {}])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(file=st.sampled_from(FILES), how=st.sampled_from(["delete", "truncate", "rename", "empty", "value", "value"]),
        part=st.floats(0, 1), value=VALUES)  # fmt: skip
 def test_whatever_a_folder_holds_it_draws_or_one_line_says_why_not(folders, tmp_path, file, how, part, value):
@@ -178,7 +188,7 @@ def test_whatever_a_folder_holds_it_draws_or_one_line_says_why_not(folders, tmp_
     elif how == "rename":
         path.rename(path.with_name(f"old-{path.name}.bak"))
     elif how in ("truncate", "empty"):
-        path.write_bytes(content[: int(part * (len(content) - 1)) if how == "truncate" else 0])
+        path.write_bytes(content[: int(0.9 * part * len(content)) if how == "truncate" else 0])
     elif path.suffix == ".json":
         data = json.loads(content)
         key = sorted(data)[int(part * (len(data) - 1))]

@@ -34,8 +34,8 @@ REFUSED = [
     ({"shift_terminal": 1.5}, "do not fall from 1 to 0"),
     ({"use_dynamic_shifting": True, "base_shift": None}, "gives no schedule .*take the model's own"),
 ]
-OTHERS = """DPMSolverMultistepScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler DDIMScheduler DDPMScheduler
-    FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler UniPCMultistepScheduler LCMScheduler""".split()
+OTHERS = """DPMSolverMultistepScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler DDIMScheduler
+    DDPMScheduler FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler UniPCMultistepScheduler LCMScheduler""".split()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -79,9 +79,7 @@ def test_steps_that_are_not_eulers_from_noise_to_image_are_refused(with_schedule
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_schedulers_are_refused_by_name(with_scheduler, name):
-    with pytest.raises(
-        ValueError, match=f"is a {name}, and only a FlowMatchEulerDiscreteScheduler can be trained: take"
-    ):
+    with pytest.raises(ValueError, match=f"is a {name}, and only a FlowMatchEulerDiscreteScheduler can be trained"):
         with_scheduler(getattr(diffusers, name)())
 
 
