@@ -11,7 +11,9 @@ __all__ = ['TINY', 'HINTS', 'CONFIGS', 'PipelineConfig', 'TrainableConfig', 'Mod
 # %% ../../nbs/training/30_loading.ipynb #c003
 import inspect
 import json
+import logging
 import re
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import logging as hub_logging
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 
@@ -150,10 +153,12 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, revision
 
 # %% ../../nbs/training/30_loading.ipynb #c022
 def quiet():
-    "Keep the libraries' loading bars and notices off the terminal; for programs."
+    "Keep the libraries' loading bars and notices off the terminal, and what they log before they raise it; for programs."
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # else it says each time that it tries again
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")  # which diffusers still gives
 
 # %% ../../nbs/training/30_loading.ipynb #c023
 def networks(pipe, prefix: str = "") -> dict[str, torch.nn.Module]:
