@@ -121,6 +121,7 @@ OF_VALUES = (  # what jsonargparse says of a value, and what is said instead
     (r": Not of type \w+: (\S+) does not conform to restriction (.*)", r" is \1; it must be a number v with \2"),
     (r"Expected an? typing\.Literal\[(.*?)\]\. Got value: (.*)", r"must be one of \1, not \2"),
     (r"Expected an? (?:<class ')?(.*?)(?:'>)?\. Got value: (.*)", r"must be a \1, not \2"),
+    (r"Expected an? <class '(\w+)'>", r"must be a \1"),
     (r"Not a valid subclass of \w+\. Got value: (.*?) Subclass types expect.*", r"must be a class, as NAME or {class_path: NAME, init_args: {OPTION: VALUE}}, not \1"),
     (r"(?:Problem with given class_path .*: )?(?:argument of type '\w+' is not iterable|'\w+' object has no attribute 'keys')",
      "must be a class, as NAME or {class_path: NAME, init_args: {OPTION: VALUE}}"),
