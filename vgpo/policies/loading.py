@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'HINTS', 'FAULTS', 'OTHER_HALVES', 'CONFIGS', 'PipelineConfig', 'TrainableConfig', 'ModelConfig',
            'pipeline_source', 'hub_hint', 'one_line', 'pipeline_errors', 'load_network', 'check_parts', 'model_index',
-           'listed_parts', 'read_part', 'part_class', 'load_whole_tokenizer', 'load_parts', 'load_pipeline', 'quiet',
+           'listed_parts', 'read_part', 'part_class', 'read_tokenizer', 'load_parts', 'load_pipeline', 'quiet',
            'networks', 'freeze', 'read_configs', 'part_from_config', 'pipeline_from_configs', 'LatentSpec',
            'latent_side', 'check_tokens', 'resolution_shift', 'check_scheduler', 'load_tiny_vae', 'check_tiny_vae',
            'reduce_vae_memory', 'model_digests']
@@ -13,8 +13,13 @@ __all__ = ['TINY', 'HINTS', 'FAULTS', 'OTHER_HALVES', 'CONFIGS', 'PipelineConfig
 # %% ../../nbs/training/30_loading.ipynb #c003
 import inspect
 import json
+import logging
 import re
+<<<<<<< /tmp/tmpu7024cu_
 from collections.abc import Callable
+=======
+import warnings
+>>>>>>> /tmp/tmpql2zx19u
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +34,15 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
+from huggingface_hub.utils import logging as hub_logging
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 
 import vgpo
-from ..files import check_complete, digest
-from ..plugs import PathName, check_fields
+from vgpo.files import check_complete, digest
+from vgpo.plugs import PathName, check_fields
 
 # %% ../../nbs/training/30_loading.ipynb #c006
 @dataclass
@@ -126,7 +133,7 @@ def hub_hint(error: BaseException | None, model: str) -> str | None:
 
 
 FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
-          ValueError, SafetensorError)  # what a library raises for a file that is not what it takes it for
+          ValueError, SafetensorError, StrictDataclassError)  # what a library raises for a file that is not what it takes it for
 
 
 def one_line(error: BaseException) -> str:
@@ -204,7 +211,7 @@ def part_class(folder: Path, library: str, kind: str) -> type:
     return cls
 
 # %% ../../nbs/training/30_loading.ipynb #4c288bdb
-def load_whole_tokenizer(cls: type, folder: Path):
+def read_tokenizer(cls: type, folder: Path):
     "The tokenizer in a folder; ValueError if it is damaged."
     try: return cls.from_pretrained(folder)
     except Exception as e: raise ValueError(f"tokenizer.json or its configuration is damaged ({one_line(e)})") from e  # of no finer class
@@ -217,7 +224,7 @@ def load_parts(path: str | Path, folder: Path, index: dict, dtype: torch.dtype) 
         with pipeline_errors(path, part=name):
             cls = part_class(folder / name, *part)
             if issubclass(cls, torch.nn.Module): found[name] = load_network(cls, folder / name, dtype)
-            if issubclass(cls, transformers.PreTrainedTokenizerBase): found[name] = load_whole_tokenizer(cls, folder / name)
+            if issubclass(cls, transformers.PreTrainedTokenizerBase): found[name] = read_tokenizer(cls, folder / name)
     return found
 
 
@@ -242,10 +249,12 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, revision
 
 # %% ../../nbs/training/30_loading.ipynb #c022
 def quiet():
-    "Keep the libraries' loading bars and notices off the terminal; for programs."
+    "Keep the libraries' loading bars and notices off the terminal, and what they log before they raise it; for programs."
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # else it says each time that it tries again
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")  # which diffusers still gives
 
 # %% ../../nbs/training/30_loading.ipynb #c023
 def networks(pipe, prefix: str = "") -> dict[str, torch.nn.Module]:
