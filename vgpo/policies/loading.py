@@ -15,11 +15,8 @@ import inspect
 import json
 import logging
 import re
-<<<<<<< /tmp/tmpu7024cu_
-from collections.abc import Callable
-=======
 import warnings
->>>>>>> /tmp/tmpql2zx19u
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +38,8 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 from safetensors import SafetensorError
 
 import vgpo
-from vgpo.files import check_complete, digest
-from vgpo.plugs import PathName, check_fields
+from ..files import check_complete, digest
+from ..plugs import PathName, check_fields
 
 # %% ../../nbs/training/30_loading.ipynb #c006
 @dataclass
