@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_results_are_those_of_the_lines(pair):
     assert list(found["metrics"]) == NAMES and found["metrics"]["GenEvalShapes"]["version"].startswith(
         "GenEval's rules"
     )
-    assert found["libraries"]["torch"] and found["settings"]["trained"].startswith("lora sha256 ")
+    assert found["libraries"]["torch"] and re.fullmatch("[0-9a-f]{12}", found["settings"]["trained"])
     scored = lines(folder / "tuned", "GenEvalShapes")
     rows = [json.loads(line) for line in (folder / "tuned" / "prompts.jsonl").read_text().splitlines()]
     assert sorted(scored) == [(i, k) for i in range(12) for k in range(3)]
@@ -163,7 +164,7 @@ def test_a_reward_that_fails_says_how_to_go_on(tiny_folder, tmp_path, monkeypatc
     (["tiny", "--batch_size=0"], "--batch_size is 0"),
     (["tiny", "--guidance_scale=0.5"], "--guidance_scale is 0.5"),
     (["tiny", "--output=x.json"], "--output x.json must be a folder"),
-    (["tiny", "--lora=absent"], "--lora absent is no folder with a .safetensors file"),
+    (["tiny", "--lora=absent"], "absent is neither a .safetensors file nor a folder with one"),
     (["tiny", "--reward=JPEG", '--reward_options={"OCR": {}}'], "--reward_options has OCR, which --rewards has not"),
     (["tiny", "--reward=JPEG", '--reward_options={"JPEG": {"x": 1}}'], "reward JPEG has no option 'x'"),
     (["tiny", "--reward=JPEG", '--reward_options={"JPEG": {"quality": 0}}'], "JPEG.quality is 0"),

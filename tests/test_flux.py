@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from vgpo.policies.base import load_policy
 from vgpo.policies.flux import FluxPolicy, image_ids, pack, unpack
-from vgpo.policies.loading import ModelConfig
+from vgpo.policies.loading import ModelConfig, load_pipeline
 
 PROMPTS = ["a photo of two red circles", 'a blue sign that says "CAT"']
 SIGMA = torch.tensor(0.7)
@@ -64,7 +64,7 @@ def test_the_schedule_depends_on_the_resolution(folder, policy):
     large = load_policy(ModelConfig(path=str(folder), resolution=32))
     assert (policy.image_tokens, large.image_tokens) == (16, 64) and large.latent_shape == (4, 16, 16)
     assert (large.sigmas(4)[1:4] > policy.sigmas(4)[1:4]).all()
-    assert load_policy(ModelConfig(path=str(folder))).latent_shape == (4, 128, 128)  # the pipeline's default
+    assert FluxPolicy(load_pipeline(folder), ModelConfig()).latent_shape == (4, 128, 128)  # the pipeline's default
 
 
 def test_a_fixed_shift_stays_fixed():

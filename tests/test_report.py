@@ -98,6 +98,6 @@ def test_report_begins_with_its_warnings(tmp_path):
 
 
 def test_odd_prompts_and_names_are_text(tmp_path):
-    text = write_trial(tmp_path, rows=ODD, name="a $$ {0} 100%s", warnings=["{x} $$ %d"])[0]
-    assert text.startswith("# a $$ {0} 100%s, VGPO") and "- {x} $$ %d\n" in text
+    text = write_trial(tmp_path, rows=ODD, name="a _ {0} 100%s", warnings=["{x} $$ %d"])[0]
+    assert text.startswith("# a \\_ {0} 100%s, VGPO") and "- {x} $$ %d\n" in text
     assert (tmp_path / "before_after.png").read_bytes().startswith(b"\x89PNG")

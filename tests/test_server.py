@@ -440,11 +440,11 @@ def test_with_a_key_others_are_served(monkeypatch):
     [
         (["nonsense"], "unknown reward 'nonsense'"),
         (["served_rewards:nobody"], "cannot be imported"),
-        (["OCR", "--reward.thread", "2"], "'thread'"),
-        (["OCR", "--reward.threads", "0"], "0 does not conform"),
-        (["JPEG", "--reward.threads", "1"], "'threads'"),
+        (["OCR", "--reward.thread", "2"], "there is no option reward.thread"),
+        (["OCR", "--reward.threads", "0"], "threads is 0; it must be a number v with v>0"),
+        (["JPEG", "--reward.threads", "1"], "there is no option reward.threads"),
         (["OCR", "--api_key_env", "VGPO_NO_SUCH"], "VGPO_NO_SUCH is not set"),
-        (["OCR", "--max_queue", "0"], "max_queue.*0 does not conform"),
+        (["OCR", "--max_queue", "0"], "max_queue is 0; it must be"),
         (["OCR", "--nonsense", "0"], "nonsense"),
     ],
 )

@@ -187,7 +187,7 @@ SMALL = [
     *("--rollout.prompts_per_epoch=2", "--rollout.group_size=2", "--rollout.num_inference_steps=2", "--window.size=1"),
     *("--credit.num_scored_steps=2", "--rollout.micro_batch_size=4", "--evaluation.num_inference_steps=2"),
     *("--reward=tiny_rewards:brightness", "--log_images_every=1", "--optim.num_minibatches=1"),
-    *("--epochs=1", "--optim.lr_scheduler=constant", "--name=$$ {0} | %s_"),
+    *("--epochs=1", "--optim.lr_scheduler=constant", "--name=[a] {0} | %s_"),
 ]  # fmt: skip
 
 
@@ -208,10 +208,10 @@ FIGURES = ("samples/epoch-0000.png", "before_after.png", "curves.png")
 
 def test_a_run_on_odd_prompts_is_drawn_reported_and_resumed(options, tmp_path, capfd):
     main(options)
-    run = tmp_path / "$$ {0} | %s_"
+    run = tmp_path / "[a] {0} | %s_"
     assert all(Image.open(run / name).size for name in FIGURES)
     report = (run / "report.md").read_text()
-    assert rendered(report.partition("\n")[0]) == ["$$ {0} | %s_, VGPO, seed 0"]
+    assert rendered(report.partition("\n")[0]) == ["[a] {0} | %s_, VGPO, seed 0"]
     assert f"--run '{run}' " in report and "not drawn" not in capfd.readouterr().err
     main(["--resume", str(run), "--epochs=2"])
     assert (run / "samples" / "epoch-0001.png").stat().st_size and json.loads((run / "results.json").read_text())[
@@ -225,7 +225,7 @@ def test_a_run_that_cannot_draw_loses_nothing_else(options, tmp_path, monkeypatc
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     main(options)
-    run = tmp_path / "$$ {0} | %s_"
+    run = tmp_path / "[a] {0} | %s_"
     assert (run / "report.md").is_file() and (run / "results.json").is_file() and (run / "lora").is_dir()
     said = [line for line in capfd.readouterr().err.split("\n") if "not drawn" in line]
     assert len(said) == 3 and all(str(run / name) in line for name, line in zip(FIGURES, said, strict=True))

@@ -182,7 +182,7 @@ def test_statistics_do_not_depend_on_the_size_of_micro_batches(make):
         for size in (4, 3)
     )
     for key in ("loss", "kl", "approx_kl", "clip_ratio"):
-        assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-9), key
+        assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-8), key
     assert one["approx_kl"] > 0
 
 
