@@ -102,7 +102,7 @@ def full_disk(real, *args, **kwargs):
 
 
 WHAT = {f.__name__: f for f in (raising, hanging, nan_score, short, outside, nan_loss, full_disk)}
-WHAT |= {name: sending(getattr(signal, name)) for name in ("SIGKILL", "SIGTERM", "SIGINT")}
+WHAT |= {name: sending(getattr(signal, name)) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")}
 
 
 def prepare(moment, n, what):

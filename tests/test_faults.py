@@ -135,6 +135,9 @@ def test_killed_before_there_is_a_recipe(run, unbroken):
         (("update", 15, "SIGINT"), [2, 4]),  # epoch 3 is finished
         (("save", 1, "SIGTERM"), [2]),
         (("reward", 1, "SIGINT"), [0]),  # in the evaluation before training
+        (("rollout", 7, "SIGHUP"), [2, 3]),
+        (("update", 15, "SIGHUP"), [2, 4]),
+        (("save", 1, "SIGHUP"), [2]),
     ],
 )
 def test_asked_to_stop(run, unbroken, fault, saved):
@@ -166,6 +169,27 @@ def test_asked_to_stop_with_its_terminal_gone(run, unbroken, tmp_path):
         assert process.wait(60) == 75
     assert run.saved()[-1] == run.logged()
     goes_on(run, unbroken)
+
+
+def test_a_lost_connection_stops_a_run_but_for_nohup(run, unbroken, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vgpo.train", *run.options]
+
+    def hang_up(*before):
+        "Send SIGHUP to the program once it has logged an epoch; its exit code."
+        with subprocess.Popen([*before, *command], env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL) as process:  # fmt: skip
+            while run.logged() < 1:
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(signal.SIGHUP)
+            return process.wait(120)
+
+    assert hang_up() == 75 and run.saved()[-1] == run.logged() < 5
+    goes_on(run, unbroken)
+    shutil.rmtree(run.folder)
+    assert hang_up("nohup") == 0  # it ignores the signal, and so does the program
+    assert differences(run.outcome(), unbroken) == []
 
 
 def test_asked_to_stop_when_all_is_trained(run, unbroken):

@@ -59,11 +59,12 @@ jsonargparse.set_loader("yaml", read_yaml, exceptions=(yaml.YAMLError,))
 
 # %% ../nbs/method/09_command_line.ipynb #nb2518fd
 def joined_words(words: list[str]) -> list[str]:
-    "The words of a command line, `--option -1e-4` as `--option=-1e-4`; ValueError for one that is not UTF-8."
+    "The words of a command line, `--option -1e-4` as `--option=-1e-4`; ValueError for one that is no text."
     result = []
     for word in words:
         if re.search("[\ud800-\udfff]", word):
-            raise ValueError(f"{word!r} on the command line is not UTF-8; rename what it names, or mend the terminal's encoding")
+            raise ValueError(f"{word!r} on the command line is not {sys.getfilesystemencoding().upper()}; rename what it names, or mend "
+                             "the terminal's encoding")
         number = re.fullmatch(r"-(\d|\.\d|inf|nan).*", word)
         if number and result and re.fullmatch(r"--[\w.]+", result[-1]): result[-1] += f"={word}"
         else: result.append(word)
