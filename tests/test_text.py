@@ -173,10 +173,13 @@ def test_a_mistake_of_ours_is_no_figure_that_cannot_be_drawn(tmp_path):
         save_figure(tmp_path / "a.png", lambda: None)
 
 
-def test_a_figure_that_cannot_be_written_is_a_line(tmp_path, capfd):
+def test_a_spare_figure_that_cannot_be_written_is_a_line(tmp_path, capfd):
     (tmp_path / "file").touch()
-    assert save_figure(tmp_path / "file" / "a.png", lambda: Figure(figsize=(1, 1))) is False
+    small, path = lambda: Figure(figsize=(1, 1)), tmp_path / "file" / "a.png"
+    assert save_figure(path, small, spare=True) is False
     assert "file/a.png was not drawn" in capfd.readouterr().err
+    with pytest.raises(OSError, match="file"):  # of which a run says what to do
+        save_figure(path, small)
     assert save_figure(tmp_path / "new" / "b.png", lambda: Figure(figsize=(0.1, 900)))
     assert png(Figure(figsize=(1, 1)), tmp_path / "c.png") == (110, 110)
 
@@ -230,6 +233,15 @@ def test_a_run_that_cannot_draw_loses_nothing_else(options, tmp_path, monkeypatc
     said = [line for line in capfd.readouterr().err.split("\n") if "not drawn" in line]
     assert len(said) == 3 and all(str(run / name) in line for name, line in zip(FIGURES, said, strict=True))
     assert not any((run / name).exists() for name in FIGURES)
+
+
+def test_samples_that_cannot_be_written_end_no_run(options, tmp_path, capfd):
+    from vgpo.train import begin
+
+    session = begin(options)
+    (session.folder / "samples").touch()  # a file, where the folder would be
+    session.run()
+    assert "epoch-0000.png was not drawn" in capfd.readouterr().err and (session.folder / "report.md").is_file()
 
 
 def test_images_of_odd_prompts_are_written_beside_their_grid(tmp_path, monkeypatch, capfd):

@@ -221,7 +221,8 @@ class SaveImages(Callback):
         shown = [(image, f"{row['prompt']}\n{raw:.2f}") for batch in trainer.batches
                  for image, row, raw in zip(batch.images, batch.rows, batch.scores.raw.tolist())][:32]
         images, captions = zip(*shown)
-        save_figure(self.folder / f"epoch-{epoch:04d}.png", lambda: image_grid(images, captions, title=f"epoch {epoch}"))
+        def draw(): return image_grid(images, captions, title=f"epoch {epoch}")
+        save_figure(self.folder / f"epoch-{epoch:04d}.png", draw, spare=True)
 
 # %% ../../nbs/runs/73_callbacks.ipynb #c025
 class Every(Callback):
