@@ -81,8 +81,8 @@ class Session:
         self.clock, self.log, self.stop, self.stopping = Clock(), Log(folder), StopWhenAsked(), config.early_stopping
         first = [self.clock, RatioCheck(), SkipNonFinite(config.optim.max_nonfinite_updates), self.stop,
                  Every(config.evaluation.eval_every, before=lambda: self.held_out())]
-        self.parts = broadcast(accelerator, lambda: model_digests(config.model))  # of the model, each with its digest
         self.trainer = build_trainer(config, accelerator, reward, rows, self.test, first)
+        self.parts = broadcast(accelerator, lambda: model_digests(config.model))  # of the model, each with its digest
         if self.main: self.trainer.policy.note_cut([*rows, *self.test])
         self.stopping.attach(self.log.rows, config.objective)
         self.trainer.callbacks += [self.log, SaveImages(self.folder / "samples", config.log_images_every), self.stopping,
