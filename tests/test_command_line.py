@@ -400,6 +400,7 @@ def test_a_reward_in_a_file(reward_file, tmp_path, monkeypatch, tiny_folder, cap
             f"--output_dir={tmp_path}",
             "--name=run",
             *SMALL,
+            "--optim.lr_scheduler=constant",  # with which a run may be given more epochs
         ]
     )
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from jsonargparse.typing import NonNegativeInt
 
-from ..plugs import check_fields
+from ..plugs import PathName, check_fields
 from .base import Reward, Scores
 from .vote_page import Ballot, Box, image_digest, make_ballot, open_page
 
@@ -25,7 +25,7 @@ class Votes(Reward):
     "What a person chooses on a page at this machine: 1, and 0 for the rest. A call waits until all its votes are given."
     ask: Literal["best", "each"] = "best"
     """best: which of a prompt's images in a call is best, or none; of one alone, whether it is good. each: whether it is good, of every image"""
-    file: str = "votes.jsonl"
+    file: PathName = "votes.jsonl"
     """where votes are kept, a line for each; what is in it is not asked again"""
     port: NonNegativeInt = 8902
     """of the page, at 127.0.0.1; 0 picks a free one"""
