@@ -125,4 +125,4 @@ class OptimConfig:
 def lr_factor(self: OptimConfig, update: int, total: int) -> float:
     "The share of the peak rate at update number `update` out of `total`: a linear warm-up, then constant or a cosine."
     rise = min(1.0, (update + 1) / self.lr_warmup_steps) if self.lr_warmup_steps else 1.0
-    return rise * (0.5 * (1 + math.cos(math.pi * update / total)) if self.lr_scheduler == "cosine" else 1.0)
+    return rise * (0.5 * (1 + math.cos(math.pi * update / max(total, 1))) if self.lr_scheduler == "cosine" else 1.0)
