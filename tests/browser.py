@@ -64,7 +64,8 @@ class Browser:
 @contextmanager
 def browser(profile):
     "Within this context there is a Browser, with an empty profile in the folder `profile`."
-    process = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True, **quiet)
     session = None
     try:
         lines = iter(process.stdout.readline, "")

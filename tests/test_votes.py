@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy as np
@@ -34,9 +34,17 @@ DIGESTS = [image_digest(image) for image in IMAGES]
 
 @contextmanager
 def background(function, *args):
-    "A call in a thread, as a future."
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(function, *args)
+    "A call in a thread, as a future; the thread does not outlive the tests, whatever it waits for."
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*args))
+        except Exception as e:
+            future.set_exception(e)
+
+    threading.Thread(target=work, daemon=True).start()
+    yield future
 
 
 def until(condition, seconds=30):
@@ -63,7 +71,7 @@ def test_the_best_of_a_group_gets_1_and_the_others_0(tmp_path):
     prompts = ["one", "two", "one", "three", "two", "one"]  # groups of three, two, and one alone
     with background(score, votes, IMAGES, prompts, [{}] * 6) as call:
         vote_for(votes.box, {"one": {DIGESTS[2]}, "two": set(), "three": {DIGESTS[3]}})
-        scores = call.result()
+        scores = call.result(30)
     assert scores.raw.tolist() == scores.scaled.tolist() == [0, 0, 1, 1, 0, 0] and scores.strict is None
     assert [detail["among"] for detail in scores.details] == [3, 2, 3, 1, 2, 3]
 
@@ -73,7 +81,7 @@ def test_each_image_is_good_or_not(tmp_path):
     images = IMAGES[[0, 1, 2, 0]]  # the last is the first again, and asked about once
     with background(score, votes, images, ["one"] * 4, [{}] * 4) as call:
         vote_for(votes.box, {"one": {DIGESTS[0], DIGESTS[2]}})
-        scores = call.result()
+        scores = call.result(30)
     assert scores.raw.tolist() == [1, 0, 1, 1] and scores.strict.tolist() == [True, False, True, True]
     assert len((tmp_path / "votes.jsonl").read_text().splitlines()) == 3
 
@@ -83,7 +91,7 @@ def test_one_image_alone_is_the_same_question_either_way(tmp_path):
     each, best = Votes(ask="each", file=file, port=0), None
     with background(score, each, IMAGES[:1], ["one"], [{}]) as call:
         vote_for(each.box, {"one": set(DIGESTS)})
-        assert call.result().raw == 1
+        assert call.result(30).raw == 1
     best = Votes(ask="best", file=file, port=0)
     assert score(best, IMAGES[:1], ["one"], [{}]).raw == 1 and best.url is None  # nobody was asked
     assert each.version != best.version
@@ -113,7 +121,7 @@ def test_a_call_waits_beyond_every_limit_and_ends_without_a_score_if_it_is_close
         assert not call.done()
         combined.close()
         with pytest.raises(RewardError, match="closed before all votes were given; those that were are kept"):
-            call.result()
+            call.result(30)
     assert read_votes(tmp_path / "votes.jsonl") == {}
 
 
@@ -125,7 +133,7 @@ def test_votes_that_were_given_before_a_kill_are_not_asked_for_again(tmp_path):
         ballot = until(lambda: list(first.box.waiting.values()))[0]
         first.box.vote(ballot.key, 1)
         first.close()
-        assert isinstance(call.exception(), RewardError)
+        assert isinstance(call.exception(30), RewardError)
     with open(file, "a") as half:
         half.write('{"key": "ab')  # killed while it wrote
     second = Votes(file=str(file), port=0)
@@ -135,7 +143,7 @@ def test_votes_that_were_given_before_a_kill_are_not_asked_for_again(tmp_path):
         state = second.box.state()
         assert (state["done"], state["total"], state["ballot"]["prompt"]) == (1, 2, "two")
         second.box.vote(state["ballot"]["key"], 0)
-        scores = call.result()
+        scores = call.result(30)
     winners = [IMAGES[order][i] for i in scores.raw.nonzero()[:, 0]]
     assert list(ballot.images)[1] in map(image_digest, winners) and len(winners) == 2
     assert all(json.loads(line) for line in file.read_text().splitlines()) and len(read_votes(file)) == 2
@@ -160,10 +168,10 @@ def test_a_vote_is_taken_back_only_while_its_batch_waits(tmp_path):
         box.undo()
         box.vote(ballots[0].key, None)
         box.vote(ballots[1].key, 0)
-        assert call.result() == {ballots[0].key: None, ballots[1].key: DIGESTS[0]}
+        assert call.result(30) == {ballots[0].key: None, ballots[1].key: DIGESTS[0]}
     with pytest.raises(LookupError):
         box.undo()
-    assert read_votes(box.path) == call.result() and len(box.path.read_text().splitlines()) == 4
+    assert read_votes(box.path) == call.result(30) and len(box.path.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(
@@ -201,7 +209,7 @@ def test_a_vote_that_cannot_be_kept_does_not_count(tmp_path, monkeypatch):
         assert not call.done() and not box.votes
         monkeypatch.undo()
         assert page.post("/vote", json={"key": ballot.key, "choice": None}).status_code == 200
-        assert call.result() == {ballot.key: None}
+        assert call.result(30) == {ballot.key: None}
 
 
 # --- who may vote ---
@@ -267,13 +275,15 @@ def test_what_is_no_vote_is_refused(page, body, status):
     assert client.post("/vote", content=b"{", headers={"Content-Type": "application/json"}).status_code == 400
 
 
-def test_only_the_first_of_two_votes_on_a_ballot_counts(page):
-    box, ballot, client = page
-    client.headers["Authorization"] = "Bearer secret"
-    box.waiting["more"] = make_ballot("more", [IMAGES[5]])  # so that the batch still waits
-    answers = [client.post("/vote", json={"key": ballot.key, "choice": choice}) for choice in (1, 2)]
-    assert [answer.status_code for answer in answers] == [200, 409]
-    assert list(box.votes.values()) == [list(ballot.images)[1]]
+def test_only_the_first_of_two_votes_on_a_ballot_counts(tmp_path):
+    box, ballots = Box(tmp_path / "votes.jsonl"), [make_ballot(prompt, [*IMAGES[:3]]) for prompt in ("one", "two")]
+    client = TestClient(make_page(box, "t"), base_url="http://127.0.0.1", headers={"Authorization": "Bearer t"})
+    with background(box.ask, ballots):
+        until(lambda: box.waiting)
+        answers = [client.post("/vote", json={"key": ballots[0].key, "choice": choice}) for choice in (1, 2)]
+        assert [answer.status_code for answer in answers] == [200, 409]
+        assert box.votes == {ballots[0].key: list(ballots[0].images)[1]} == read_votes(box.path)
+        box.close()
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_is_in_no_frame(page):
@@ -296,12 +306,15 @@ def test_a_remote_client_waits_for_people_and_keeps_their_images_together(tmp_pa
         remote = Remote(url, batch_size=2, read_timeout=0.2, retries=0)
         assert remote.asks_people and remote.version == "votes, best"
         with background(score, remote, IMAGES, ["one"] * 6, [{}] * 6, 0.1) as call:
-            ballot = until(lambda: list(votes.box.waiting.values()))[0]
-            assert len(ballot.images) == 6
-            time.sleep(0.5)
-            assert not call.done()
-            vote_for(votes.box, {"one": {DIGESTS[4]}})
-            assert call.result().raw.tolist() == [0, 0, 0, 0, 1, 0]
+            try:
+                ballot = until(lambda: list(votes.box.waiting.values()))[0]
+                assert len(ballot.images) == 6
+                time.sleep(0.5)
+                assert not call.done()
+                vote_for(votes.box, {"one": {DIGESTS[4]}})
+                assert call.result(30).raw.tolist() == [0, 0, 0, 0, 1, 0]
+            finally:
+                votes.close()
     with running(make_app(Function(lambda images, *_: [0.5] * len(images)))) as url:
         plain = Remote(url, batch_size=2)
         assert not plain.asks_people and plain.read_timeout == 120
@@ -332,7 +345,8 @@ class Person(threading.Thread):
 def start(*arguments):
     command = [sys.executable, "-m", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, text=True, env=environment, **streams)
 
 
 def serve_votes(file, port=0):

@@ -53,9 +53,10 @@ def serve_reward(argv: list[str] | None):
     limits, key = Limits(**made), read_key(key_env, KEY_ENV)
     with open_socket(host, port, key) as sock:
         reward = make_reward(spec)
+        page = reward.page() if isinstance(reward, reward_classes()["Votes"]) else None
         address = f"[{host}]" if ":" in host else host
         print(f"serving {reward.name} ({reward.version}) at http://{address}:{sock.getsockname()[1]}", flush=True)
-        if isinstance(reward, reward_classes()["Votes"]): print(f"vote at {reward.page()}", flush=True)
+        if page: print(f"vote at {page}", flush=True)
         make_server(make_app(reward, key, limits), limits.max_queue + 64, reward.close).run(sockets=[sock])
 
 
