@@ -1,5 +1,6 @@
 "Every notebook runs from top to bottom, and what is stored of it shows outputs and no error."
 
+import json
 import shutil
 from pathlib import Path
 
@@ -44,4 +45,5 @@ def test_is_stored_with_outputs_and_without_errors(name):
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     assert outputs, f"{name} is stored without outputs: execute it"
     assert not [output for output in outputs if output.output_type == "error"]
+    assert "site-packages" not in json.dumps(outputs), f"{name} shows a path of the machine that it ran on"
     assert cells[0].source.startswith("# ")

@@ -16,7 +16,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .files import atomic_write
 
