@@ -61,3 +61,25 @@ def trained(tiny_folder, tmp_path_factory):
     config = Config(seed=4, model=model, evaluation=EvaluationConfig(num_samples=12, num_inference_steps=4))
     save_config(config, folder / "config.yaml")
     return folder, policy
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    "Writes a recipe and returns the command line that reads it."
+
+    def write(text, name="mine"):
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+        return ["--recipe", str(tmp_path / f"{name}.yaml")]
+
+    return write
+
+
+@pytest.fixture
+def one_thread():
+    "As many threads as a program with OMP_NUM_THREADS=1 has: digits may depend on their number."
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

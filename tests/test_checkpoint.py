@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vgpo.runs.checkpoint
-from vgpo.files import atomic_write
+from vgpo.files import atomic_write, put_folder
 from vgpo.runs.checkpoint import checkpoints, newest_valid, read_checkpoint, replace_folder, save_checkpoint
 
 
@@ -236,3 +236,21 @@ def test_text_is_replaced_whole(monkeypatch, tmp_path):
     with pytest.raises(Killed):
         atomic_write(path, "new")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("n", range(1, 12))
+def test_a_folder_that_is_put_is_never_half_there(n, tmp_path, monkeypatch):
+    def write(text):
+        (tmp_path / "fresh").mkdir(exist_ok=True)
+        for name in "ab":
+            (tmp_path / "fresh" / name).write_text(text)
+
+    write("old")
+    put_folder(tmp_path / "fresh", tmp_path / "final")
+    write("new")
+    kill_at(monkeypatch, n, lambda: put_folder(tmp_path / "fresh", tmp_path / "final"))
+    whole = [{(folder / name).read_text() for name in "ab"} for folder in tmp_path.iterdir() if folder.name != "fresh"]
+    assert whole and all(texts in ({"old"}, {"new"}) for texts in whole)  # and never a folder of both
+    write("newer")
+    put_folder(tmp_path / "fresh", tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"] and (tmp_path / "final" / "a").read_text() == "newer"

@@ -26,24 +26,12 @@ from vgpo.__main__ import PROGRAMS
 from vgpo.command_line import import_name, joined_words, read_yaml
 from vgpo.config import Config, import_plugs, parse_config, recipe_files, save_config
 from vgpo.evaluate import EvaluateOptions, evaluate_parser
-from vgpo.files import put_folder
 from vgpo.generate import GenerateOptions
 from vgpo.generate import main as generate
 from vgpo.plugs import PathName, Seed, check_fields, expand_path
 from vgpo.rewards.base import Reward, make_reward
 from vgpo.runs.checkpoint import save_checkpoint, sift
 from vgpo.train import main as train
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    "Writes a recipe and returns the command line that reads it."
-
-    def write(text, name="mine"):
-        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
-        return ["--recipe", str(tmp_path / f"{name}.yaml")]
-
-    return write
 
 
 def refused(act, *arguments):
@@ -571,47 +559,6 @@ def test_a_refused_resume_changes_nothing(tmp_path, more):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
     path, damaged = sift(tmp_path / "checkpoints")
     assert path.name == "epoch-00001" and [bad.name for bad in damaged] == ["epoch-00002"]
-
-
-@pytest.mark.parametrize("n", range(1, 12))
-def test_a_folder_that_is_put_is_never_half_there(n, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def write(text):
-        (tmp_path / "fresh").mkdir(exist_ok=True)
-        for name in "ab":
-            (tmp_path / "fresh" / name).write_text(text)
-
-    write("old")
-    put_folder(tmp_path / "fresh", tmp_path / "final")
-    write("new")
-    calls = 0
-
-    def guard(real):
-        def call(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == n:
-                raise Killed
-            return real(*args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for where, name in ((Path, "rename"), (os, "fsync"), (__import__("shutil"), "rmtree")):
-            patch.setattr(where, name, guard(getattr(where, name)))
-        try:
-            put_folder(tmp_path / "fresh", tmp_path / "final")
-        except Killed:
-            pass
-    whole = [{(folder / name).read_text() for name in "ab"} for folder in tmp_path.iterdir() if folder.name != "fresh"]
-    assert whole and all(texts in ({"old"}, {"new"}) for texts in whole)  # and never a folder of both
-    if (tmp_path / "final").exists():
-        assert {(tmp_path / "final" / name).read_text() for name in "ab"} in ({"old"}, {"new"})
-    write("newer")
-    put_folder(tmp_path / "fresh", tmp_path / "final")
-    assert [path.name for path in tmp_path.iterdir()] == ["final"] and (tmp_path / "final" / "a").read_text() == "newer"
 
 
 def test_every_recipe_that_is_there_has_each_key_once():

@@ -35,17 +35,6 @@ from vgpo.windows import Leading, Random
 SECTIONS = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    "Writes a recipe and returns the command line that reads it."
-
-    def write(text, name="mine"):
-        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
-        return ["--recipe", str(tmp_path / f"{name}.yaml")]
-
-    return write
-
-
 def changed(config, option, value):
     "A Config with one option changed, given by its dotted name."
     section, _, leaf = option.rpartition(".")

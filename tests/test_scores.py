@@ -64,15 +64,6 @@ def model(tiny_folder):
     return load_policy(ModelConfig(path=str(tiny_folder)))
 
 
-@pytest.fixture
-def one_thread():
-    "Digits may depend on the number of threads, and the processes of these tests have one."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def take(f, policy, makers=None, state=ALONE, config=TWO):
     "Hold an evaluation in a folder with a policy at hand; returns the settings."
     settings = settings_of(f, "tiny-scenes", ModelConfig(path="tiny"), config)

@@ -643,15 +643,6 @@ SMALL = [
 ]
 
 
-@pytest.fixture
-def one_thread():
-    "As many threads as a program with OMP_NUM_THREADS=1 has."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_a_run_whose_server_is_killed_ends_like_an_unbroken_one(tiny_folder, tmp_path, one_thread):
     name, port = "served_rewards:unhurried", free_port()
     options = [*SMALL, f"--model.path={tiny_folder}", f"--output_dir={tmp_path}"]
