@@ -1,22 +1,43 @@
-"Every notebook runs from top to bottom, and what is stored of it shows outputs and no error."
+"""Every notebook runs from top to bottom, and what is stored of it shows outputs and no error.
+
+Each runs in a process of its own, forked from one that has imported the large libraries, as that takes longer than most
+notebooks do.
+"""
 
 import json
+import os
 import shutil
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from execnb.nbio import read_nb
+from execnb.shell import CaptureShell
 
 FOLDER = Path(__file__).parent.parent / "nbs"
 NOTEBOOKS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.ipynb"))
-TIMEOUT = 300  # seconds a cell
+TIMEOUT = 600  # seconds of a notebook
+LIBRARIES = ["accelerate", "diffusers", "matplotlib.pyplot", "peft", "scipy.stats", "torch", "transformers"]
 
 
 def skipped(cell):
     "Cells that nbdev does not evaluate either: flagged `eval: false` or `gpu`."
     flags = [line.lstrip("#| ").strip() for line in cell.source.splitlines() if line.startswith("#|")]
     return cell.cell_type == "code" and ("eval: false" in flags or "gpu" in flags)
+
+
+def execute(path):
+    "Run a notebook in this process, in the folder where it lies; RuntimeError that shows its first cell that fails."
+    signal.alarm(TIMEOUT)
+    os.chdir(path.parent)
+    shell = CaptureShell(path)
+    try:
+        shell.run_all(read_nb(path), exc_stop=True, preproc=skipped)
+    except Exception:
+        raise RuntimeError(shell.prettytb(path)) from None
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +48,22 @@ def folder(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def processes():
+    "How to start a process that has imported the libraries, and has one thread."
+    found = get_context("forkserver")
+    found.set_forkserver_preload(LIBRARIES)
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            patch.setenv(variable, "1")
+        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        yield found
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_executes(folder, monkeypatch, name):
-    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.setenv(variable, "1")
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    notebook = nbformat.read(folder / name, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if not skipped(cell)]
-    NotebookClient(
-        notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": (folder / name).parent}}
-    ).execute()
+def test_executes(folder, processes, name):
+    with ProcessPoolExecutor(1, mp_context=processes) as pool:
+        pool.submit(execute, folder / name).result()
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
