@@ -112,6 +112,8 @@ def test_a_text_encoder_may_be_half_of_a_file(copy, folders):
 @pytest.mark.parametrize(("part", "key", "value"), [
     ("transformer", "num_layers", 2), ("text_encoder", "num_hidden_layers", 2), ("text_encoder_3", "num_layers", 3),
     ("vae", "latent_channels", 8), ("transformer", "in_channels", 16), ("text_encoder_2", "hidden_size", 32),
+    ("text_encoder", "num_attention_heads", -1), ("text_encoder_3", "relative_attention_max_distance", -1),
+    ("vae", "norm_num_groups", -1),
 ])  # fmt: skip
 def test_a_configuration_of_another_model(copy, part, key, value):
     folder = copy("sd3")
@@ -151,6 +153,17 @@ def test_tokenizers(copy, folders):
     refused(folder, "tokenizer knows ", "another model's")
 
 
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("model_max_length", None, "has no model_max_length"), ("model_max_length", -1, "damaged"), ("pad_token", None, "damaged"),
+    ("model_max_length", 1.5, "damaged"), ("model_max_length", "no", "damaged"),
+])  # fmt: skip
+def test_a_tokenizer_that_cannot_pad(copy, key, value, said):
+    folder = copy("sd3")
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    refused(folder, "tokenizer", said)
+
+
 def test_parts_that_are_absent(copy):
     folder = copy("sd3")
     index = json.loads((folder / "model_index.json").read_text())
@@ -171,7 +184,7 @@ def test_parts_that_are_absent(copy):
 FILES = [f"{part}/{name}" for part in PARTS for name in ("config.json", "*.safetensors")]
 FILES += [f"tokenizer{n}/{name}" for n in ("", "_2", "_3") for name in ("tokenizer.json", "tokenizer_config.json")]
 FILES += ["model_index.json", "scheduler/scheduler_config.json"]
-VALUES = st.sampled_from([0, 2, 7, 1.5, None, "no", True, [], [3], {}])
+VALUES = st.sampled_from([-1, 0, 2, 7, 1.5, None, "no", True, [], [3], {}])
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

@@ -2,11 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -139,39 +134,6 @@ def test_a_checkpoint_is_named_only_where_there_is_one(options, monkeypatch):
 
 
 # --- resuming ---
-
-
-def launch(arguments, tmp_path):
-    "The program in a process of its own."
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vgpo.train", *arguments]
-    return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])  # and test_faults.py
-def test_an_interrupted_run_ends_like_an_unbroken_one(options, tmp_path, how):
-    options = [*options, "--epochs=6"]
-    whole = launch([*options, "--name=whole"], tmp_path)
-    assert whole.wait() == 0, whole.stdout.read().decode()
-    broken = launch([*options, "--name=broken"], tmp_path)
-    log = tmp_path / "broken" / "metrics.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 2:
-        assert broken.poll() is None, broken.stdout.read().decode()
-        time.sleep(0.01)
-    broken.send_signal(how)
-    message = broken.communicate()[0].decode()
-    assert broken.returncode == (-signal.SIGKILL if how == signal.SIGKILL else program.RESUMABLE)
-    assert len(log.read_text().splitlines()) < 6
-    if how != signal.SIGKILL:
-        assert "--resume" in message.splitlines()[-1]
-    resumed = launch(["--resume", str(tmp_path / "broken")], tmp_path)
-    assert resumed.wait() == 0, resumed.stdout.read().decode()
-    for name in ("lora/pytorch_lora_weights.safetensors", "checkpoints/epoch-00006/state.safetensors"):
-        one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "broken" / name)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
-    assert [row["reward"] for row in rows(tmp_path / "whole")] == [row["reward"] for row in rows(tmp_path / "broken")]
 
 
 def test_restore_brings_everything_back(options):

@@ -50,7 +50,7 @@ def misfit(value: Any, kind: Any) -> str | None:
     if kind is PathName: return path_problem(value)
     if origin is Literal: return None if value in parts else f"must be one of {', '.join(map(repr, parts))}"
     if origin in (Union, UnionType):
-        if value is None and NoneType in parts: return None
+        if NoneType in parts and value in (None, "None", "none"): return value and "must be null, or left out, for no value"
         found = [misfit(value, part) for part in parts if part is not NoneType]
         return None if None in found else found[0]
     if origin is tuple and isinstance(value, (tuple, list)):
