@@ -72,7 +72,7 @@ def work(file, epochs, words):
 
 def measure(point, model, epochs):
     "Seconds by phase at a point; CalledProcessError if its processes fail."
-    count, environment = point["processes"], os.environ | {"OMP_NUM_THREADS": "1"}
+    count, environment = point["processes"], os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
