@@ -107,7 +107,7 @@ def test_the_order_of_the_batch_does_not_matter(kind):
 def test_scale_rewards(kind):
     "One group spreads ten times as much as the other: by its own std it counts as much, by the batch's ten times."
     z = torch.randn(8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rewards = (0.5 + torch.cat([0.01 * z, 0.1 * z])).expand(16, 5)
+    rewards = (0.5 + torch.cat([0.01 * z, 0.1 * z])).expand(16, 11)
     group = torch.arange(16) // 8
     for scale_rewards, factor in (("group", 1), ("batch", 10)):
         options = {"anchor_weight": 0} if hasattr(kind, "anchor_weight") else {}
