@@ -155,11 +155,14 @@ POSITIVE = r"_eps$|^scaling_factor$|max_distance$"  # in those of what it divide
 def check_numbers(network: torch.nn.Module):
     "Raise ValueError for a value in a network's configuration with which it is built and fails when it is used."
     config = getattr(network.config, "to_dict", lambda: network.config)()
+    defaults = {key: p.default for key, p in inspect.signature(type(network)).parameters.items()}  # a diffusers network has some
     for key, value in config.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number, default = isinstance(value, (int, float)) and not isinstance(value, bool), defaults.get(key)
         if (re.search(COUNTS, key) and (isinstance(value, bool) or number and value < 0)
                 or re.search(POSITIVE, key) and not (number and value > 0)
                 or key == "shift_factor" and not (number or value is None)
+                or isinstance(default, float) and not number
+                or isinstance(default, (list, tuple)) and not (isinstance(value, (list, tuple)) and len(value) >= bool(default))
                 or key == "eos_token_id" and config.get("model_type") == "clip_text_model" and not number):
             raise ValueError(f"its config.json has {json.dumps(value)} as {key}; copy it again")
 
