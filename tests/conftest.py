@@ -4,11 +4,18 @@ import os
 import shutil
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other's
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+settings.register_profile(
+    "same", derandomize=True
+)  # the same examples at each run, so that CI fails for a change alone
+settings.register_profile("explore")  # others at each run: --hypothesis-profile=explore
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
