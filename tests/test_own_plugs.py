@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 import yaml
-from own_plugs.gains import Gains
+from own_plugs.gains import StepGains
 
 from vgpo.config import parse_config
 from vgpo.train import main
 
 PLUGS = {  # option: (class, an option of its own, another value, what its help says)
     "sampler": ("own_plugs.late.LateSDE", "rise", 0.5, "how much more noise"),
-    "credit": ("own_plugs.gains.Gains", "eps", 1e-3, "added to the standard deviation"),
+    "credit": ("own_plugs.gains.StepGains", "eps", 1e-3, "added to the standard deviation"),
     "objective": ("own_plugs.reinforce.Reinforce", "scale", 2.0, "of the loss"),
     "reward": ("own_plugs.darkness.Darkness", "power", 2.0, "1 is linear"),
 }
@@ -58,14 +58,14 @@ def test_an_option_that_it_does_not_have_is_refused(option):
 
 def test_a_value_out_of_its_range_is_refused():
     with pytest.raises(SystemExit, match="^error: .*eps"):
-        main(["--credit=own_plugs.gains.Gains", "--credit.eps=-1"])
-    with pytest.raises(ValueError, match="Gains.eps is -1"):
-        Gains(eps=-1)
+        main(["--credit=own_plugs.gains.StepGains", "--credit.eps=-1"])
+    with pytest.raises(ValueError, match="StepGains.eps is -1"):
+        StepGains(eps=-1)
 
 
 def test_gains_sum_to_the_final_reward_minus_the_first():
     rewards, group = torch.rand(8, 5, dtype=torch.float64), torch.arange(2).repeat_interleave(4)
-    advantages = Gains()(rewards, group)
+    advantages = StepGains()(rewards, group)
     for step in range(4):
         for g in range(2):
             gain = (rewards[:, step + 1] - rewards[:, step])[group == g]

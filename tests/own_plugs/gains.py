@@ -10,7 +10,7 @@ from vgpo.plugs import check_fields
 
 
 @dataclass
-class Gains(Credit):
+class StepGains(Credit):
     "Advantages of gains, normalised within the group step by step."
 
     eps: PositiveFloat = 1e-4
