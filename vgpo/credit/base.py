@@ -31,7 +31,9 @@ class Credit:
 
 # %% ../../nbs/credit/10_credit.ipynb #c009
 def spaced_states(num_steps: int, count: int) -> list[int]:
-    "`count` of the states 1 to `num_steps`, evenly spaced, the last among them."
+    "`count` of the states 1 to `num_steps`, evenly spaced, the last among them; ValueError if there are not so many."
+    if not 1 <= count <= num_steps:
+        raise ValueError(f"credit.num_scored_steps is {count}; it must lie in 1 to rollout.num_inference_steps, {num_steps}")
     return sorted({round(num_steps - i * num_steps / count - 1) + 1 for i in range(count)})
 
 
