@@ -2,11 +2,12 @@
 
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from inspect import isabstract
 from pkgutil import iter_modules
 
 
 def plug_classes(base, package=None):
-    "The dataclasses below a plug's base class in vgpo; all modules of `package`, a module, are imported first."
+    "The choosable classes below a plug's base class in vgpo; all modules of `package`, a module, are imported first."
     for module in iter_modules(package.__path__, package.__name__ + ".") if package else ():
         import_module(module.name)
     found, todo = [], [base]
@@ -14,6 +15,7 @@ def plug_classes(base, package=None):
         for kind in todo.pop().__subclasses__():
             if kind.__module__.startswith("vgpo.") and kind not in found:
                 found.append(kind), todo.append(kind)
+    found = [kind for kind in found if not isabstract(kind)]
     return sorted(found, key=lambda kind: kind.__name__)
 
 

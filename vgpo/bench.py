@@ -104,7 +104,8 @@ def network_seconds(config: Config, forward: float, batches: int) -> dict[str, f
     "Seconds of the network alone in an epoch's rollouts and of three forward passes per trained step in its update, Eq. (1)."
     c, o = config.rollout, config.objective
     training = 3 + guided(o) + o.uses_reference * (1 + guided(o))
-    return {"rollout": batches * c.num_inference_steps * (1 + guided(c)) * forward,
+    sampling = c.num_inference_steps * (1 + guided(c)) + config.window.size * (1 + guided(o)) * o.samples_ode
+    return {"rollout": batches * sampling * forward,
             "update": batches * config.window.size * training * forward}
 
 # %% ../nbs/practice/88_bench.ipynb #c015

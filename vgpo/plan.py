@@ -89,7 +89,7 @@ def reward_bytes(reward: str | dict) -> int:
 def trajectory_bytes(config: Config, policy: Policy, batches: Batches) -> int:
     "Bytes of the trajectories of a process and an epoch: states, clean estimates, log-probabilities, texts."
     steps = config.rollout.num_inference_steps
-    kept = 2 * steps + 1 + steps * config.objective.needs_means
+    kept = 2 * steps + 1 + steps * (config.objective.needs_means + 2 * config.objective.samples_ode)  # noise, old velocities
     latent, text = 4 * math.prod(policy.latent_shape), size_of(tuple(policy.example_embeds(1)))
     return batches.share * batches.num_minibatches * (kept * latent + 4 * steps + text)
 
@@ -131,7 +131,8 @@ def epoch_work(config: Config, batches: Batches) -> dict[str, int]:
     scored = len(config.credit.scored_states(c.num_inference_steps))
     drafts = images * (scored - 1) if config.model.tiny_vae else 0
     trained = images * config.window.size
-    return {"rollout": images * c.num_inference_steps * (1 + guided(c)), "train": trained, "guide": trained * guided(o),
+    old = trained * (1 + guided(o)) * o.samples_ode  # velocities of the weights that drew the images
+    return {"rollout": images * c.num_inference_steps * (1 + guided(c)) + old, "train": trained, "guide": trained * guided(o),
             "reference": trained * (1 + guided(o)) * o.uses_reference, "decode": images * scored - drafts,
             "draft": drafts, "score": images * scored * rewards,
             "encode": 0 if config.model.precompute_text_embeds else c.prompts_per_epoch}

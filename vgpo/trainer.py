@@ -30,7 +30,7 @@ from .policies.embeds import PromptEmbeds
 from .policies.shard import full_tensor, is_sharded
 from .rewards.base import Reward, Scores, score
 from .rollout import Trajectory, clean_at, rollout
-from .sde import Sampler
+from .sde import FlowSDE, Sampler
 from .windows import Window
 
 # %% ../nbs/training/43_trainer.ipynb #c005
@@ -42,6 +42,8 @@ class MicroBatch:
     embeds: PromptEmbeds
     path: Trajectory
     noisy: torch.Tensor  # (B, T) bool, on the CPU: steps that drew noise and are trained, equally many per trajectory
+    noise: torch.Tensor | None = None  # (B, T, …) of the steps, where the objective samples by the ODE
+    old_velocities: torch.Tensor | None = None  # (B, T, …), where the objective wants them
     images: np.ndarray | None = None  # (B, H, W, 3) uint8, finished
     scores: Scores | None = None  # of the B finished images
     rewards: torch.Tensor | None = None  # (B, T+1), by state
@@ -112,9 +114,12 @@ def rollout(self: Trainer, minibatch: int, pairs: list[tuple[int, int]]) -> Micr
     embeds, group = self.policy.encode([row["prompt"] for row in rows]), torch.tensor([prompt for prompt, _ in pairs])
     noisy = self.window.mask(self.num_steps, self.seed, self.epoch, group.tolist())
     velocity = partial(self.policy.velocity, embeds=embeds, guidance_scale=self.config.guidance_scale)
-    path = rollout(velocity, noise[:, 0], self.sigmas, self.sampler, noise[:, 1:], group, sde_steps=noisy,
-                   keep_means=self.objective.needs_means)
-    return MicroBatch(minibatch, rows, embeds, path, noisy)
+    ode = self.objective.samples_ode
+    path = rollout(velocity, noise[:, 0], self.sigmas, FlowSDE(0.0) if ode else self.sampler, noise[:, 1:], group,
+                   sde_steps=noisy, keep_means=self.objective.needs_means)
+    batch = MicroBatch(minibatch, rows, embeds, path, noisy, noise[:, 1:] if ode else None)
+    with torch.no_grad(): batch.old_velocities = self.objective.old_velocities(self.policy, batch)
+    return batch
 
 # %% ../nbs/training/43_trainer.ipynb #c021
 @patch

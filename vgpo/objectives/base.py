@@ -13,10 +13,17 @@ class Objective:
     """The base of objectives: what the gradient follows. A subclass is a dataclass; its fields are its options.
 
     `needs_means`: whether a rollout must keep the means of its steps' Gaussians. `uses_reference`: whether the loss makes a
-    forward pass of the model before training; the trainer, the plan and the benchmark all ask this.
+    forward pass of the model before training. `samples_ode`: whether rollouts follow the ODE, for a loss that needs no more
+    of them than the finished image; the steps of the window are then noise levels, and their noise is kept for it. The
+    trainer, the plan and the benchmark all ask these.
     """
     needs_means = False
     uses_reference = False
+    samples_ode = False
+
+    def old_velocities(self, policy, batch) -> torch.Tensor | None:
+        "Of the weights that made the rollouts, where the loss needs them: (B, T, …), computed before an epoch's first update."
+        return None
 
     def loss(self, policy, batch, step, sampler) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(loss, statistics) of one trained step of a MicroBatch, to be minimised: scalars, means over its B samples.
