@@ -135,7 +135,7 @@ def test_the_mean_of_the_others_is_that_of_their_images():
     values, group = torch.rand(9, 3), torch.tensor([7, 1, 1, 7, 7, 7, 3, 3, 3])
     expected = torch.stack([values[group != g].double().mean(0) for g in group])
     assert_close(others_mean(values, group), expected)
-    with pytest.raises(ValueError, match="but there is one only: raise rollout.prompts_per_epoch, or choose 'none'"):
+    with pytest.raises(ValueError, match="there is only one: raise rollout.prompts_per_epoch, or do without"):
         others_mean(values, torch.zeros(9, dtype=torch.int64))
 
 
@@ -208,7 +208,7 @@ IDS = torch.arange(6) // 3
             torch.rand(6, 4),
             0 * IDS,
             {"anchor_baseline": "others"},
-            "anchor_baseline 'others' compares with other prompts",
+            "a centred anchor compares with the epoch.s other prompts",
         ),
     ],
 )

@@ -66,8 +66,8 @@ def others_mean(values, group):
     "Mean of values (B, T) over the rows of all other groups than a row's own, (B, T), in float64; ValueError if there are none."
     _, inverse, counts = torch.unique(group, return_inverse=True, return_counts=True)
     if len(counts) < 2:
-        raise ValueError("anchor_baseline 'others' compares with other prompts, but there is one only: raise "
-                         "rollout.prompts_per_epoch, or choose 'none'")
+        raise ValueError("a centred anchor compares with the epoch's other prompts, but there is only one: raise "
+                         "rollout.prompts_per_epoch, or do without")
     size, center = counts[inverse][:, None], group_stats(values, group)[0]
     return (values.double().sum(0) - size * center) / (len(values) - size)
 
