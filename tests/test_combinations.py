@@ -6,6 +6,7 @@ import pytest
 import torch
 from plug_classes import plug_classes
 from tiny_rewards import brightness, power
+from torch.testing import assert_close
 
 import vgpo.credit
 import vgpo.objectives
@@ -13,7 +14,9 @@ from vgpo.batches import OptimConfig, RolloutConfig
 from vgpo.callback import Callback
 from vgpo.credit.base import Credit
 from vgpo.credit.grpo import GRPO
+from vgpo.credit.one_step import OneStep
 from vgpo.credit.vgpo import VGPO
+from vgpo.noise import sample_noise
 from vgpo.objectives.base import Objective
 from vgpo.objectives.clipped import KLS, ClippedSurrogate
 from vgpo.policies.base import load_policy
@@ -25,7 +28,8 @@ from vgpo.trainer import Trainer
 from vgpo.windows import Leading, Random, Window
 from vgpo.world.pretrain import make_autoencoder, make_pipeline
 
-SAMPLERS, WINDOWS = plug_classes(Sampler), [kind(2) for kind in plug_classes(Window)] + [Random(2, per="group")]
+SAMPLERS = plug_classes(Sampler)
+WINDOWS = [kind(2) for kind in plug_classes(Window)] + [Random(2, per="group"), Leading(2, shared_start=True)]
 OBJECTIVES, ESTIMATORS = plug_classes(Objective, vgpo.objectives), plug_classes(Credit, vgpo.credit)
 ROWS = [{"prompt": f"a photo of a {color} circle"} for color in ("red", "blue", "green", "white")]
 
@@ -148,3 +152,25 @@ def test_a_reward_of_several_is_what_their_sum_is(policy, credit):
             return Scores(scores.raw, scores.scaled, details=scores.details)
 
     assert torch.equal(*(trained(policy, credit=credit, reward=reward)[0] for reward in (Two(), Sum())))
+
+
+@pytest.mark.parametrize("window", [OneStep(), Leading(2, shared_start=True), Random(1, 1, per="group")], ids=repr)
+def test_a_shared_start_is_that_of_the_groups_first_image(policy, window):
+    *_, trainer = trained(policy, window=window, prompts_per_epoch=4, num_minibatches=1)
+    group = torch.cat([batch.path.group for batch in trainer.batches])
+    latents = torch.cat([batch.path.latents for batch in trainer.batches])
+    first = window.mask(4, 0, 0, group.tolist()).int().argmax(1)
+    for g in group.unique():
+        begin = sample_noise((5, *policy[0].latent_shape), 0, 0, int(g), 0)[0]
+        same = (latents[group == g, 0] == begin).flatten(1).all(1)
+        assert same.all() if window.shared_start else same.tolist().count(True) == 1
+        if window.shared_start:  # one path up to the window, but for what the rest of a micro-batch rounds
+            mine, place = latents[group == g], int(first[group == g][0])
+            assert_close(mine[:, : place + 1], mine[:1, : place + 1].expand_as(mine[:, : place + 1]), atol=1e-4, rtol=0)
+            assert (mine[1:, place + 1] - mine[:1, place + 1]).flatten(1).abs().amax(1).min() > 1e-2
+
+
+def test_a_shared_start_does_not_depend_on_micro_batches(policy):
+    whole, small = (trained(policy, window=OneStep(), micro_batch_size=size)[0] for size in (8, 1))
+    assert whole.abs().max() > 1e-4
+    assert torch.nn.functional.cosine_similarity(whole, small, dim=0) > 0.999
