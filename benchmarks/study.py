@@ -31,7 +31,7 @@ TASKS = ("tiny-geneval", "tiny-ocr", "tiny-pickscore")
 GUIDANCE, STEPS, HELD_OUT, QUICK = (1.0, 2.0, 3.0), 10, 528, 132  # of evaluations; QUICK images on the way
 VALIDATION, VALIDATION_GUIDANCE = 264, (1.0, 2.0)
 EPOCHS, SEEDS = 30, range(5)
-TUNING_EPOCHS, TUNING_SEED, RATES = 15, 1000, (1e-3, 3e-3, 6e-3)
+TUNING_EPOCHS, TUNING_SEED, RATES = 15, 1000, (3e-4, 1e-3, 3e-3)
 ALL_SCORED = "--credit.num_scored_steps=10"
 METHODS = {  # name -> options; the first is the baseline
     "GRPO": ["--credit=GRPO"],
@@ -41,6 +41,7 @@ METHODS = {  # name -> options; the first is the baseline
     "gains": ["--credit=Gains"],
     "critic": ["--credit=ProjectionCritic", ALL_SCORED],
     "critic, anchored": ["--credit=ProjectionCritic", ALL_SCORED, "--credit.anchor_weight=0.5"],
+    "one step": ["--credit=GRPO", "--window=OneStep", "--objective.step_weights=noise"],
     "NFT": ["--credit=GRPO", "--objective=NFT"],
 }
 
