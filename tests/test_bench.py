@@ -27,13 +27,6 @@ def recipe(tiny_folder, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def script(monkeypatch):
-    "Imports a script of benchmarks/ by its name."
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return __import__
-
-
 @pytest.mark.parametrize(("options", "expected"), [
     ([], (20.0, 54.0)),
     (["--rollout.guidance_scale=4"], (40.0, 54.0)),
