@@ -177,7 +177,7 @@ def test_print_config_is_what_a_run_saves(recipe, capsys, tmp_path):
             "--credit GRPO --credit.gamma 1",
             "there is no option credit.gamma in the chosen class; it is one of VGPO, DecoupledVGPO",
         ),
-        ("--window.per group", "there is no option window.per in the chosen class; it is one of Random"),
+        ("--window.per group", "there is no option window.per in the chosen class; it is one of Random, OneStep"),
         ("--reward OCR --reward.moode full", "there is no option reward.moode; did you mean reward.mode?"),
         ("--xyzzy 1", "there is no option xyzzy; --help lists all of them"),
         ("--credit.gamma high", "credit.gamma must be a number, not high"),

@@ -1,6 +1,7 @@
 "Credit: the rewards of states, and what GRPO and VGPO make of them."
 
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -234,13 +235,19 @@ def test_more_scored_steps_than_there_are():
 WRONG = {
     "gamma": [1.01, -0.1, float("nan")], "num_scored_steps": [0, 2.5], "anchor_weight": [-0.1], "anchor_steps": [-1],
     "scale_rewards": ["global"], "advantage_clip": [0, float("nan")], "temporal_weights": ["step"],
-    "anchor_value": ["both"], "anchor_baseline": ["own"],
+    "anchor_value": ["both"], "anchor_baseline": ["own"], "projection_steps": [0, 1.5],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
-    [(kind, name, value) for kind in ESTIMATORS for name in WRONG if hasattr(kind, name) for value in WRONG[name]],
+    [
+        (kind, name, value)
+        for kind in ESTIMATORS
+        for name in WRONG
+        if name in {f.name for f in fields(kind)}
+        for value in WRONG[name]
+    ],
 )
 def test_options_out_of_range(kind, name, value):
     with pytest.raises(ValueError, match=f"^{kind.__name__}.{name} is {value!r}; it must be"):

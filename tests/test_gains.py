@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vgpo.credit.gains import Gains
+from vgpo.credit.gains import Gains, turning_gains
 from vgpo.credit.grpo import GRPO
 
 
@@ -56,3 +56,45 @@ def test_equal_rewards_give_no_advantage_and_bad_ones_an_error():
         Gains()(torch.tensor([[0.1, float("nan")]]).expand(4, 2), group)
     with pytest.raises(ValueError, match="Gains.normalize is 'batch'; it must be one of 'group', 'step'"):
         Gains("batch")
+
+
+# Turning points
+
+
+@pytest.mark.parametrize(
+    ("rewards", "gains"),
+    [
+        (
+            [0.2, 0.1, 0.4, 0.3, 0.6],
+            [-0.1, 0.5, -0.1, 0.3],
+        ),  # up in the end: it turns up twice, the last time at the end
+        ([0.5, 0.6, 0.3, 0.4, 0.2], [0.1, -0.4, 0.1, -0.2]),  # down in the end
+        ([0.3, 0.5, 0.4, 0.2, 0.4], [0.2, -0.1, -0.2, 0.2]),  # up: its turn down does not count, the one up does
+        ([0.2, 0.3, 0.5, 0.6, 0.9], [0.1, 0.2, 0.1, 0.3]),  # no turn
+        ([0.3, 0.2, 0.2, 0.5, 0.5], [-0.1, 0.0, 0.3, 0.0]),  # a pause has no sign
+        ([0.5, 0.2, 0.8, 0.3, 0.5], [-0.3, 0.6, -0.5, 0.2]),  # no trend, no turning point
+    ],
+)
+def test_turning_points_by_hand(rewards, gains):
+    assert_close(turning_gains(torch.tensor([rewards])), torch.tensor([gains]))
+
+
+@pytest.mark.parametrize("normalize", ["group", "step"])
+def test_turning_points_written_out_in_loops(normalize):
+    r = torch.rand(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    group, gains, turned = torch.arange(12) % 3, [], 0
+    for row in r.tolist():
+        now = [row[j + 1] - row[j] for j in range(7)]
+        for j in range(1, 7):
+            flips = (row[j + 1] - row[j]) * (row[j] - row[j - 1]) < 0
+            if flips and (row[j + 1] - row[j]) * (row[-1] - row[0]) > 0:
+                now[j], turned = row[-1] - row[j], turned + 1
+        gains.append(now)
+    gains = torch.tensor(gains, dtype=torch.float64)
+    assert 12 < turned < 72
+    found = Gains(normalize, turning_points=True)(r, group)
+    for i in range(12):
+        for j in range(7):
+            pool = gains[group == group[i]] if normalize == "group" else gains[group == group[i], j]
+            assert_close(found[i, j], (gains[i, j] - pool.mean()) / (pool.std(correction=0) + 1e-4))
+    assert_close(Gains(normalize)(r, group), Gains(normalize, turning_points=False)(r, group))

@@ -212,6 +212,8 @@ VARIANTS = {
     "grpo": ["--credit=GRPO"],
     "guided with kl": [*VGPO, "--rollout.guidance_scale=2", "--objective.guidance_scale=2", "--objective.beta=0.1"],
     "unguided update": [*VGPO, "--rollout.guidance_scale=2"],
+    "better projections": [*VGPO, "--credit.projection_steps=4", "--rollout.guidance_scale=2"],
+    "better projections of every state": ["--credit=Gains", "--credit.projection_steps=2"],
     "drafts, checkpointing": [*VGPO, "--model.tiny_vae={}/vae", "--model.gradient_checkpointing=true"],
 }
 
@@ -281,6 +283,8 @@ def test_the_work_by_hand(options):
     work = make_plan(parse_config([*options, *VGPO, *guided])).work
     passes = {"rollout": 12 * 4 * 2, "train": 12 * 3, "guide": 12 * 3, "reference": 12 * 3 * 2}
     assert work == passes | {"decode": 36, "draft": 0, "score": 36, "encode": 3}
+    better = make_plan(parse_config([*options, *VGPO, *guided, "--credit.projection_steps=5"])).work
+    assert better == work | {"rollout": 12 * (4 + 2 * 4) * 2}  # two states besides the last, four more steps each
     config = parse_config([*options, "--credit=GRPO"])
     config.reward = {"class_path": "Combined", "init_args": {"rewards": {"a": "JPEG", "b": "OCR"}, "weights": {}}}
     assert epoch_work(config, solve_batches(3, 4, 2, 4))["score"] == 24

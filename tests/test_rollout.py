@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from vgpo.flow import ode_sample, predict_clean, shifted_sigmas
-from vgpo.rollout import clean_at, replay, rollout
+from vgpo.rollout import clean_at, project, replay, rollout
 from vgpo.sde import DanceSDE, FlowCPS, FlowSDE, Sampler
 from vgpo.toy import GaussianMixture
 
@@ -139,3 +139,42 @@ def test_score_function_gradient_of_a_denoising_path_is_unbiased(generator):
 def test_bad_input_is_named(change, message, noise):
     with pytest.raises(ValueError, match=message):
         rollout(MIXTURE.velocity, noise, **{"sigmas": SIGMAS, "sampler": FlowSDE(), **change})
+
+
+# Projections by several steps
+
+
+def test_one_projection_step_is_the_clean_estimate_to_the_last_bit(noise, generator):
+    path = rollout(MIXTURE.velocity, noise, SIGMAS, FlowSDE(), generator=generator)
+    assert project(None, path, range(7), 1) is path  # and calls nothing
+
+
+@pytest.mark.parametrize("states", [[0, 3, 6], [2], [6], range(7)])
+def test_projections_are_eulers_steps_evenly_spaced(states, noise, generator):
+    path, called = rollout(MIXTURE.velocity, noise, SIGMAS, FlowSDE(), generator=generator), []
+
+    def velocity(x, sigma):
+        called.append(float(sigma))
+        return MIXTURE.velocity(x, sigma)
+
+    better = project(velocity, path, states, 4)
+    assert len(called) == 3 * len([s for s in states if s < 6])  # the first velocity is the rollout's
+    for s in range(7):
+        x, sigma = path.latents[:, s], SIGMAS[s].item()
+        steps = 4 if s in states else 1
+        for i in range(steps):
+            x = x - sigma / steps * MIXTURE.velocity(x, torch.tensor(sigma * (1 - i / steps)))
+        assert_close(clean_at(better, [s])[:, 0], x if s < 6 else path.latents[:, 6], atol=1e-5, rtol=1e-4)
+    assert better.latents is path.latents and better.log_probs is path.log_probs
+
+
+def test_more_projection_steps_come_closer_to_the_end_of_the_ode(generator):
+    noise = torch.randn(32, 2, generator=generator, dtype=torch.float64)
+    path = rollout(MIXTURE.velocity, noise, SIGMAS.double(), FlowSDE(), generator=generator)
+    for s in range(6):
+        end = ode_sample(MIXTURE.velocity, path.latents[:, s], SIGMAS[s].double() * torch.linspace(1, 0, 2001).double())
+        gaps = [
+            (clean_at(project(MIXTURE.velocity, path, [s], n), [s])[:, 0] - end).norm(dim=1).mean().item()
+            for n in (1, 4, 16, 64, 256)
+        ]
+        assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.05 * gaps[0] + 1e-3

@@ -26,7 +26,7 @@ from .callback import Callback
 from .command_line import command_line
 from .config import Config, parse_config
 from .distributed import init_accelerator
-from .plan import guided
+from .plan import guided, rollout_passes
 from .policies.loading import quiet
 from .rewards.base import RewardError
 from .runs.callbacks import Clock, TrainingError
@@ -102,10 +102,9 @@ def measure(trainers: dict[str, Trainer], epochs: int) -> Measured:
 # %% ../nbs/practice/88_bench.ipynb #c014
 def network_seconds(config: Config, forward: float, batches: int) -> dict[str, float]:
     "Seconds of the network alone in an epoch's rollouts and of three forward passes per trained step in its update, Eq. (1)."
-    c, o = config.rollout, config.objective
+    o = config.objective
     training = 3 + guided(o) + o.uses_reference * (1 + guided(o))
-    sampling = c.num_inference_steps * (1 + guided(c)) + config.window.size * (1 + guided(o)) * o.samples_ode
-    return {"rollout": batches * sampling * forward,
+    return {"rollout": batches * rollout_passes(config) * forward,
             "update": batches * config.window.size * training * forward}
 
 # %% ../nbs/practice/88_bench.ipynb #c015

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHARDS', 'CARDS', 'RESERVE', 'PHASE_WORK', 'module_bytes', 'largest_share', 'whole_bytes', 'gathered_bytes',
            'exchanged_bytes', 'weight_bytes', 'resident_bytes', 'reward_bytes', 'trajectory_bytes', 'guided',
-           'working_bytes', 'phase_bytes', 'epoch_work', 'count_rewards', 'unit_flops', 'Card', 'Plan',
-           'count_parameters', 'needed_memory', 'make_plan', 'memory_lines', 'work_lines', 'card_lines', 'plan_lines',
-           'plan_parser', 'main', 'shard_table']
+           'working_bytes', 'phase_bytes', 'rollout_passes', 'epoch_work', 'count_rewards', 'unit_flops', 'Card',
+           'Plan', 'count_parameters', 'needed_memory', 'make_plan', 'memory_lines', 'work_lines', 'card_lines',
+           'plan_lines', 'plan_parser', 'main', 'shard_table']
 
 # %% ../nbs/practice/87_plan.ipynb #c003
 import json
@@ -105,12 +105,13 @@ def working_bytes(config: Config, policy: Policy, costs: Costs) -> dict[str, int
     An update's forward passes without gradient run while the others' graph is alive.
     """
     c, o = config.rollout, config.objective
+    better = config.credit.projection_steps > 1  # beside noises, states and estimates there are better estimates then
     latents = 4 * c.micro_batch_size * math.prod(policy.latent_shape)
     beside = costs.train.kept + costs.forward.peak if guided(o) or o.uses_reference else 0
     gathered = gathered_bytes(policy.network) if config.model.fsdp == "full_shard" else 0
     exchanged = exchanged_bytes(policy.network) if config.model.fsdp != "off" else 0
     return {"encode": costs.encode.peak,
-            "rollout": costs.forward.peak + latents * (3 * c.num_inference_steps + 2) + gathered,  # noises, states, estimates
+            "rollout": costs.forward.peak + latents * ((3 + better) * c.num_inference_steps + 2) + gathered,
             "decode": max(costs.decode.peak, costs.draft.peak if costs.draft else 0),
             "update": max(costs.train.peak, beside) + gathered + exchanged}
 
@@ -125,14 +126,24 @@ def phase_bytes(resident: dict[str, int], trajectories: int, working: dict[str, 
     return {"encode": first + working["encode"]} | later | {"optimizer": optimizer}
 
 # %% ../nbs/practice/87_plan.ipynb #c013
+def rollout_passes(config: Config) -> int:
+    """Forward passes of the rollout of one image: its steps, and what projections take beyond their first.
+
+    Twice with guidance. An objective that samples by the ODE adds one per trained noise level, for the old velocity.
+    """
+    steps, credit = config.rollout.num_inference_steps, config.credit
+    projected = len(credit.scored_states(steps)) - 1  # the finished image needs none
+    old = config.window.size * (1 + guided(config.objective)) * config.objective.samples_ode
+    return (steps + projected * (credit.projection_steps - 1)) * (1 + guided(config.rollout)) + old
+
+
 def epoch_work(config: Config, batches: Batches) -> dict[str, int]:
     "How often an epoch does what, over all processes: forward passes of one image, images, prompts."
     c, o, images, rewards = config.rollout, config.objective, batches.images, count_rewards(config.reward)
     scored = len(config.credit.scored_states(c.num_inference_steps))
     drafts = images * (scored - 1) if config.model.tiny_vae else 0
     trained = images * config.window.size
-    old = trained * (1 + guided(o)) * o.samples_ode  # velocities of the weights that drew the images
-    return {"rollout": images * c.num_inference_steps * (1 + guided(c)) + old, "train": trained, "guide": trained * guided(o),
+    return {"rollout": images * rollout_passes(config), "train": trained, "guide": trained * guided(o),
             "reference": trained * (1 + guided(o)) * o.uses_reference, "decode": images * scored - drafts,
             "draft": drafts, "score": images * scored * rewards,
             "encode": 0 if config.model.precompute_text_embeds else c.prompts_per_epoch}

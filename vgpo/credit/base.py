@@ -13,9 +13,11 @@ class Credit:
     """The base of estimators: which step of the sampler earned what.
 
     A subclass is a dataclass; its fields are its options. `separate` is True for one that wants several rewards apart: it is
-    then given rewards (N, T+1, M) and their weights (M,).
+    then given rewards (N, T+1, M) and their weights (M,). `projection_steps` is how many Euler steps of the ODE lead from a
+    state to its clean estimate; those beyond the first cost a forward pass each.
     """
     separate = False
+    projection_steps = 1
 
     def scored_states(self, num_steps: int) -> list[int]:
         "The states whose clean estimate must be scored, rising; the last is `num_steps`, the finished image."

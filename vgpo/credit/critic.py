@@ -36,6 +36,8 @@ class ProjectionCritic(Credit):
     """advantages are clamped to [-advantage_clip, advantage_clip]"""
     anchor_weight: NonNegativeFloat = 0.0
     """k, weight of an absolute term: the reward minus the mean reward of the epoch's other prompts"""
+    projection_steps: PositiveInt = 1
+    """Euler steps of the ODE from a scored state to its clean estimate; those beyond the first cost a forward pass each"""
     def __post_init__(self): check_fields(self)
     def scored_states(self, num_steps): return spaced_states(num_steps, self.num_scored_steps)
 

@@ -40,6 +40,8 @@ class VGPO(Credit):
     """what the absolute term subtracts: nothing, or the mean value of the epoch's other prompts at that step"""
     advantage_clip: PositiveFloat = 5.0
     """advantages are clamped to [-advantage_clip, advantage_clip]"""
+    projection_steps: PositiveInt = 1
+    """Euler steps of the ODE from a scored state to its clean estimate; those beyond the first cost a forward pass each"""
     def __post_init__(self): check_fields(self)
     @property
     def readings(self): return {"weights": self.temporal_weights, "anchor_value": self.anchor_value, "anchor_baseline": self.anchor_baseline}
