@@ -32,11 +32,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from vgpo.evaluation.gold import diversity, edges, gold_metrics, kernel_distance, kl_per_step, sharpness
 
 from vgpo.config import parse_config
 from vgpo.continuations import continued_rewards
 from vgpo.distributed import init_accelerator
+from vgpo.evaluation.gold import diversity, edges, gold_metrics, kl_per_step, sharpness
 from vgpo.evaluation.images import EvaluationConfig
 from vgpo.evaluation.scores import Evaluation, evaluate_in_memory
 from vgpo.noise import epoch_prompts, sample_noise
@@ -140,7 +140,7 @@ def figures(evaluation):
     "The means of an Evaluation, over tasks and by task."
     found = {}
     for quantity, part in evaluation.summary["reward"].items():
-        found |= {quantity: round(part["mean"], 5), f"{quantity}_stderr": round(part["stderr"], 5)}
+        found |= {quantity: round(part["mean"], 5), f"{quantity}_stderr": part["stderr"] and round(part["stderr"], 5)}
         found[f"{quantity}_by_task"] = {task: round(figure["mean"], 4) for task, figure in part["by_task"].items()}
     return found
 
@@ -152,7 +152,9 @@ def gold(images, rows):
     else:
         found = {"sharpness": sharpness(images).mean(), "edges": edges(images).mean()}
         found["diversity"] = diversity(images, [row["prompt"] for row in rows])
-    return {name: round(float(value), 5) for name, value in found.items()}
+    return {
+        name: round(float(value), 5) for name, value in found.items() if np.isfinite(value)
+    }  # no pairs: no diversity
 
 
 def evaluate(trainer, rows, guidance):
@@ -163,13 +165,31 @@ def evaluate(trainer, rows, guidance):
     return figures(found) | {"gold": gold(found.images, rows)}
 
 
+def kernel_distance(first, second, blocks=8):
+    """Squared kernel distance of two sets of latents (N, ...), 0 on average if they are of one distribution.
+
+    The unbiased estimate with the polynomial kernel (x . y / D + 1)^3 of the kernel inception distance
+    (arXiv:1801.01401), here in latents: mean and standard error over blocks of images.
+    """
+    found = []
+    for x, y in zip(first.flatten(1).double().chunk(blocks), second.flatten(1).double().chunk(blocks), strict=True):
+        both = torch.cat([x, y])
+        kernel = (both @ both.T / both.shape[1] + 1) ** 3
+        kernel.fill_diagonal_(0)
+        n, m = len(x), len(y)
+        inside = kernel[:n, :n].sum() / (n * (n - 1)) + kernel[n:, n:].sum() / (m * (m - 1))
+        found.append(inside - 2 * kernel[:n, n:].mean())
+    found = torch.stack(found)
+    return found.mean().item(), found.std().item() / blocks**0.5
+
+
 def both_samplers(trainer, rows, size=64):
     """What the SDE draws of held-out prompts, beside what the ODE draws from the same noise, with the averaged weights.
 
-    Figures and gold metrics of both, the distance of the two sets of images, and the KL of each step of the SDE to the
+    Figures and gold metrics of both, the distance of the two sets of latents, and the KL of each step of the SDE to the
     model before training, per latent dimension.
     """
-    policy, images, kl = trainer.policy, {"sde": [], "ode": []}, []
+    policy, latents, kl = trainer.policy, {"sde": [], "ode": []}, []
     shape, guidance = (trainer.num_steps + 1, *policy.latent_shape), trainer.config.guidance_scale
     with trainer.averaged(), torch.no_grad():
         for i in range(0, len(rows), size):
@@ -179,14 +199,15 @@ def both_samplers(trainer, rows, size=64):
             velocity = partial(policy.velocity, embeds=embeds, guidance_scale=guidance)
             for name, sampler in (("sde", FlowSDE(0.7)), ("ode", FlowSDE(0.0))):
                 path = rollout(velocity, noise[:, 0], trainer.sigmas, sampler, noise[:, 1:])
-                images[name].append(policy.decode(path.latents[:, -1]))
+                latents[name].append(path.latents[:, -1])
                 if name == "sde":
                     kl.append(kl_per_step(policy, path, embeds, sampler, guidance))
-    found, images = {}, {name: np.concatenate(parts) for name, parts in images.items()}
-    for name, drawn in images.items():
+    found, latents = {}, {name: torch.cat(parts) for name, parts in latents.items()}
+    for name, finished in latents.items():
+        drawn = policy.decode(finished, size)
         scores = score(trainer.reward, drawn, [row["prompt"] for row in rows], rows, None)
         found[name] = figures(Evaluation(rows, {"reward": scores}, drawn, [])) | {"gold": gold(drawn, rows)}
-    distance, stderr = kernel_distance(images["sde"], images["ode"])
+    distance, stderr = kernel_distance(latents["sde"], latents["ode"].flip(0))  # no pair shares its noise
     kl = [round(k, 9) for k in torch.stack(kl).mean(0).tolist()]
     return found | {"distance": round(distance, 6), "distance_stderr": round(stderr, 6), "kl": kl}
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from vgpo.config import parse_config
 
@@ -73,7 +74,14 @@ SMALL = [
 
 @pytest.mark.parametrize("task", ["tiny-geneval", "tiny-ocr"])
 def test_a_small_run(study, monkeypatch, task):
-    for name, value in {"HELD_OUT": 6, "BY_SDE": 3, "QUICK": 2, "EVERY": 1, "STEPS": 2, "GUIDANCE": (1.0, 2.0)}.items():
+    for name, value in {
+        "HELD_OUT": 16,
+        "BY_SDE": 16,
+        "QUICK": 2,
+        "EVERY": 1,
+        "STEPS": 2,
+        "GUIDANCE": (1.0, 2.0),
+    }.items():
         monkeypatch.setattr(study, name, value)
     run = study.cell("main", task, "GRPO", 0, 1, SMALL, lr=1e-3)
     line = json.loads(json.dumps(study.train(run)))  # what is printed can be read again
@@ -81,8 +89,18 @@ def test_a_small_run(study, monkeypatch, task):
     before, during, after = line["curve"]
     assert (before["scored"], after["scored"]) == (0, 4) and during["train"]["reward"] >= 0
     assert set(line["guidance"]) == {"1.0", "2.0"}
-    assert all(0 <= found["scaled"] <= 1 and found["gold"]["diversity"] >= 0 for found in line["guidance"].values())
+    assert all(0 <= found["scaled"] <= 1 and 0 < found["gold"]["sharpness"] <= 1 for found in line["guidance"].values())
     assert len(line["samplers"]["kl"]) == 2 and (study.RUNS / study.key(run)).is_dir()
+
+
+def test_the_kernel_distance_is_0_for_one_distribution_and_that_of_two_means_for_two(study):
+    "Of Gaussians with means 0 and m in D dimensions, the kernel's linear part alone contributes 3 |m|^2 / D."
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 800, 4, 4)
+    distance, stderr = study.kernel_distance(first, second)
+    assert abs(distance) < 4 * stderr
+    distance, stderr = study.kernel_distance(first, second + 0.5)
+    assert distance - 3 * 0.25 > 4 * stderr
 
 
 def test_values_of_states(study):
