@@ -104,7 +104,7 @@ def test_the_kernel_distance_is_0_for_one_distribution_and_that_of_two_means_for
 
 
 def test_values_of_states(study):
-    run = study.cell("values", "tiny-geneval", "base", 0, 0, SMALL)
+    run = study.cell("values", "tiny-geneval", "GRPO", 0, 0, SMALL)
     trainer = study.build_trainer(
         parse_config(["--recipe=tiny-geneval", *run["options"]]), study.init_accelerator(600.0)
     )
