@@ -9,8 +9,8 @@ found is one line of `benchmarks/study/PART.jsonl`, and a run with a line there 
 Weights are left in runs/study. Seconds are those of the processor, of training alone, with one thread: they hardly
 depend on what else the machine does.
 
-The protocol, fixed before the first run. Every method is tuned alike: three learning rates, one seed that is used
-nowhere else, scored on *training* prompts (part `tune`, tiny-geneval); its best rate is used for all tasks. All methods
+The protocol, fixed before the first run. Every method is tuned alike: three learning rates, half as many epochs, one seed
+that is used nowhere else, scored on *training* prompts (part `tune`, tiny-geneval); its best rate is used for all tasks. All methods
 see the same prompts and as many images per epoch. Held-out prompts are drawn by the ODE in 10 steps, without guidance and
 with guidance 2 and 3: a method's score is its best of these, as the base model's is.
 """
@@ -29,25 +29,41 @@ ROOT = Path(__file__).parents[1]
 FOUND, RUNS = ROOT / "benchmarks" / "study", ROOT / "runs" / "study"
 TASKS = ("tiny-geneval", "tiny-ocr", "tiny-pickscore")
 GUIDANCE, STEPS, HELD_OUT, QUICK = (1.0, 2.0, 3.0), 10, 528, 132  # of evaluations; QUICK images on the way
-EPOCHS, SEEDS, TUNING_SEED, RATES = 30, range(5), 1000, (1e-3, 3e-3, 6e-3)
+VALIDATION, VALIDATION_GUIDANCE = 264, (1.0, 2.0)
+EPOCHS, SEEDS = 30, range(5)
+TUNING_EPOCHS, TUNING_SEED, RATES = 15, 1000, (3e-4, 1e-3, 3e-3)
 ALL_SCORED = "--credit.num_scored_steps=10"
 METHODS = {  # name -> options; the first is the baseline
     "GRPO": ["--credit=GRPO"],
     "VGPO": ["--credit=VGPO", ALL_SCORED],
     "TCRM only": ["--credit=VGPO", ALL_SCORED, "--credit.anchor_weight=0"],
+    "ADAE only": ["--credit=VGPO", "--credit.num_scored_steps=1", "--credit.gamma=0", "--credit.temporal_weights=none"],
     "gains": ["--credit=Gains"],
     "critic": ["--credit=ProjectionCritic", ALL_SCORED],
+    "critic, anchored": ["--credit=ProjectionCritic", ALL_SCORED, "--credit.anchor_weight=0.5"],
+    "one step": ["--credit=GRPO", "--window=OneStep", "--objective.step_weights=noise"],
+    "NFT": ["--credit=GRPO", "--objective=NFT"],
 }
 
 
 def cell(part, task, method, seed, epochs=EPOCHS, options=(), validate=False, lr=None):
     "One run of the study, as plain data; `validate` scores training prompts instead of the held-out ones."
-    return {"part": part, "task": task, "method": method, "seed": seed, "epochs": epochs, "validate": validate,
-            "options": [*METHODS.get(method, ()), *options], "lr": lr}
+    return {
+        "part": part,
+        "task": task,
+        "method": method,
+        "seed": seed,
+        "epochs": epochs,
+        "validate": validate,
+        "options": [*METHODS.get(method, ()), *options],
+        "lr": lr,
+    }
 
 
 def key(run):
-    return "-".join(str(run[k]) for k in ("part", "task", "method", "seed", "lr") if run[k] is not None).replace(" ", "_")
+    return "-".join(str(run[k]) for k in ("part", "task", "method", "seed", "lr") if run[k] is not None).replace(
+        " ", "_"
+    )
 
 
 def lines(part):
@@ -71,8 +87,14 @@ def best(line, quantity="scaled"):
 
 PARTS = {
     "base": lambda: [cell("base", task, "base", 0, 0) for task in TASKS],
-    "tune": lambda: [cell("tune", TASKS[0], method, TUNING_SEED, 20, validate=True, lr=lr) for lr in RATES for method in METHODS],
-    "main": lambda: [cell("main", task, method, seed, lr=tuned(method)) for task in TASKS for seed in SEEDS for method in METHODS],
+    "tune": lambda: [
+        cell("tune", TASKS[0], method, TUNING_SEED, TUNING_EPOCHS, validate=True, lr=lr)
+        for method in METHODS
+        for lr in RATES
+    ],
+    "main": lambda: [
+        cell("main", task, method, seed, lr=tuned(method)) for task in TASKS for seed in SEEDS for method in METHODS
+    ],
 }
 
 
@@ -103,9 +125,12 @@ def train(run, progress=lambda epoch: None):
     quiet()
     torch.set_num_threads(1)
     rate = [f"--optim.lr={run['lr']}"] if run["lr"] else []
-    config = parse_config(["--recipe", run["task"], f"--seed={run['seed']}", f"--epochs={run['epochs']}", *rate, *run["options"]])
+    config = parse_config(
+        ["--recipe", run["task"], f"--seed={run['seed']}", f"--epochs={run['epochs']}", *rate, *run["options"]]
+    )
     split, source = ("train", config.prompts.train) if run["validate"] else ("test", config.prompts.test)
-    rows = load_prompts(source, split, unique=run["validate"])[:HELD_OUT]
+    count, levels = (VALIDATION, VALIDATION_GUIDANCE) if run["validate"] else (HELD_OUT, GUIDANCE)
+    rows = load_prompts(source, split, unique=run["validate"])[:count]
     trainer = build_trainer(config, init_accelerator(600.0), test=rows)
     scored = make_plan(config).work["score"]
 
@@ -127,13 +152,21 @@ def train(run, progress=lambda epoch: None):
         seconds += time.process_time() - began
         progress(trainer.epoch)
         if trainer.epoch % 5 == 0:
-            kept = ("reward", "reward_std", "frac_reward_zero_std", "advantage/abs_mean", "grad_norm", "clip_ratio", "kl")
+            kept = (
+                "reward",
+                "reward_std",
+                "frac_reward_zero_std",
+                "advantage/abs_mean",
+                "grad_norm",
+                "clip_ratio",
+                "kl",
+            )
             curve.append({"epoch": trainer.epoch, "train": {k: round(metrics[k], 5) for k in kept if k in metrics}})
     folder = RUNS / key(run)
     if run["epochs"]:
         with trainer.averaged():
             trainer.policy.save(folder)
-    guidance = {str(g): evaluate(HELD_OUT, g) for g in GUIDANCE}
+    guidance = {str(g): evaluate(count, g) for g in levels}
     versions = {"torch": torch.__version__, "python": platform.python_version(), "processor": processor()}
     return run | {"seconds": round(seconds, 2), "guidance": guidance, "curve": curve, "versions": versions}
 
@@ -141,14 +174,23 @@ def train(run, progress=lambda epoch: None):
 def processor():
     "The name of the processor, where the system tells it."
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.is_file()
+        else []
+    )
     return names[0] if names else platform.processor()
 
 
 def run_alone(run):
     "Train one run in a process of its own, with one thread, and add its line to those of its part."
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run([sys.executable, __file__, "--run", json.dumps(run)], env=os.environ | threads, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--run", json.dumps(run)],
+        env=os.environ | threads,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
         return print(f"{key(run)} ended with code {done.returncode}", flush=True)
     line = done.stdout.splitlines()[-1]
@@ -164,8 +206,12 @@ def main(argv=None):
     "The program."
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help=", ".join(PARTS))
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="runs whose task, method or seed is among these")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once (default: the number of cores)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="runs whose task, method or seed is among these"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes at once (default: the number of cores)"
+    )
     parser.add_argument("--list", action="store_true", help="say what is done, and do nothing")
     parser.add_argument("--run", help="one run, as JSON: what this program calls itself with")
     own = parser.parse_args(argv)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vgpo.advantages import group_relative, value_anchored
+from vgpo.advantages import group_relative, held_values, others_mean, step_weights, value_anchored
 from vgpo.values import discounted_values, temporal_weights
 
 
@@ -104,6 +104,81 @@ def test_keeps_the_dtype(dtype):
     assert value_anchored(values.to(dtype), group).dtype == dtype
 
 
+# What the paper leaves open
+
+
+PAIRS, TWO = torch.tensor([[1.0, 3.0], [3.0, 1.0], [0.0, 4.0], [0.0, 0.0]]), torch.tensor([5, 5, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("readings", "expected"),
+    [
+        # The relative terms are (∓1, ±1) and (0, ±1); k = 0.1 in the first step only, where Q is 1, 3, 0, 0
+        ({}, [[0.5 * -0.9, 1.5], [1.5 * 1.3, -0.5], [0, 2], [0, -1]]),
+        ({"weights": "none"}, [[-0.9, 1], [1.3, -1], [0, 1], [0, -1]]),
+        ({"weights": "group"}, [[-0.9, 1], [1.3, -1], [0, 2], [0, -2]]),  # mean values (2, 2) and (0, 2)
+        ({"anchor_value": "group"}, [[0.5 * -0.8, 1.5], [1.5 * 1.2, -0.5], [0, 2], [0, -1]]),
+        ({"weights": "none", "anchor_baseline": "others"}, [[-0.9, 1], [1.3, -1], [-0.2, 1], [-0.2, -1]]),
+        (
+            {"weights": "none", "anchor_value": "group", "anchor_baseline": "others"},
+            [[-0.8, 1], [1.2, -1], [-0.2, 1], [-0.2, -1]],
+        ),
+    ],
+    ids=str,
+)
+def test_readings_by_hand(readings, expected):
+    found = value_anchored(PAIRS, TWO, anchor=0.1, anchor_steps=1, eps=0, **readings)
+    assert_close(found, torch.tensor(expected))
+
+
+def test_the_mean_of_the_others_is_that_of_their_images():
+    values, group = torch.rand(9, 3), torch.tensor([7, 1, 1, 7, 7, 7, 3, 3, 3])
+    expected = torch.stack([values[group != g].double().mean(0) for g in group])
+    assert_close(others_mean(values, group), expected)
+    with pytest.raises(ValueError, match="there is only one: raise rollout.prompts_per_epoch, or do without"):
+        others_mean(values, torch.zeros(9, dtype=torch.int64))
+
+
+def test_a_baseline_of_the_others_does_not_depend_on_the_image():
+    values, group = batch()
+    other = values.clone()
+    other[group == 1] = torch.rand(int((group == 1).sum()), 6, dtype=torch.float64)
+    assert_close(others_mean(values, group)[group == 1], others_mean(other, group)[group == 1])
+    assert_close(
+        held_values(values, group, anchor_baseline="others")[group == 1],
+        (values - values[group != 1].mean(0))[group == 1],
+    )
+
+
+def test_unanimous_groups_keep_a_centred_anchor():
+    "Three prompts solved and one that fails: k (1 - 2/3) and k (0 - 1), in the first steps alone."
+    rewards, group = torch.ones(16, 4), torch.arange(16) // 4
+    rewards[:4] = 0
+    found = value_anchored(rewards, group, anchor=0.3, anchor_steps=2, weights="none", anchor_baseline="others")
+    assert_close(found[4:, :2], torch.full((12, 2), 0.1))
+    assert_close(found[:4, :2], torch.full((4, 2), -0.3))
+    assert not found[:, 2:].any()
+
+
+def test_relative_terms_sum_to_zero_with_one_weight_per_group():
+    values, group = batch()
+    for weights, largest in (("trajectory", 0.1), ("group", 1e-12), ("none", 1e-12)):
+        found = value_anchored(values, group, anchor=0, weights=weights)
+        sums = torch.stack([found[group == g].sum(0) for g in range(3)])
+        assert (sums.abs().max() > largest) == (weights == "trajectory")
+    omega = step_weights(values, group, "group")
+    assert_close(omega.mean(1), torch.ones(24, dtype=torch.float64))
+    assert_close(omega[group == 2], temporal_weights(values[group == 2].mean(0, keepdim=True)).expand(8, 6))
+
+
+def test_without_weights_values_may_be_negative():
+    values, group = batch()
+    found = value_anchored(values - 1, group, anchor=0, weights="none")
+    assert_close(found, value_anchored(values, group, anchor=0, weights="none"))
+    with pytest.raises(ValueError, match="give the reward a scale into"):
+        value_anchored(values - 1, group, anchor=0, weights="group")
+
+
 def with_value(value):
     values = torch.rand(6, 4)
     values[2, 1] = value
@@ -125,6 +200,16 @@ IDS = torch.arange(6) // 3
         (torch.rand(6, 4), IDS, {"anchor": -0.1}, "anchor must be finite and not negative, got -0.1"),
         (torch.rand(6, 4), IDS, {"anchor": float("nan")}, "anchor must be finite and not negative, got nan"),
         (torch.rand(6, 4), IDS, {"anchor_steps": -1}, "anchor_steps must not be negative, got -1"),
+        (torch.rand(6), IDS, {"weights": "none"}, r"values must be \(B, T\), got shape \(6,\)"),
+        (torch.rand(6, 4), IDS, {"weights": "step"}, "weights must be 'trajectory', 'group' or 'none', got 'step'"),
+        (torch.rand(6, 4), IDS, {"anchor_value": "both"}, "anchor_value must be 'image' or 'group', got 'both'"),
+        (torch.rand(6, 4), IDS, {"anchor_baseline": "own"}, "anchor_baseline must be 'none' or 'others', got 'own'"),
+        (
+            torch.rand(6, 4),
+            0 * IDS,
+            {"anchor_baseline": "others"},
+            "a centred anchor compares with the epoch.s other prompts",
+        ),
     ],
 )
 def test_bad_input(values, group, options, message):

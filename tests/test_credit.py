@@ -177,6 +177,26 @@ def test_vgpo_is_its_functions_to_the_last_bit(scale_rewards):
     assert torch.equal(VGPO(scale_rewards=scale_rewards)(rewards, group), expected)
 
 
+@pytest.mark.parametrize("weights", ["trajectory", "group", "none"])
+@pytest.mark.parametrize("value", ["image", "group"])
+@pytest.mark.parametrize("baseline", ["none", "others"])
+def test_vgpos_open_points_are_options(weights, value, baseline):
+    rewards, group = table(dtype=torch.float64)
+    q = torch.stack([sum(0.5 ** (i - j) * rewards[:, i + 1] for i in range(j, 10)) for j in range(10)], 1)
+    expected = torch.empty(24, 10, dtype=torch.float64)
+    for i in range(24):
+        own, others = q[group == group[i]], q[group != group[i]]
+        for j in range(10):
+            omega = {"trajectory": q[i, j] / q[i].mean(), "group": own[:, j].mean() / own.mean(), "none": 1.0}[weights]
+            held = q[i, j] if value == "image" else own[:, j].mean()
+            if baseline == "others":
+                held = held - others[:, j].mean()
+            relative = (q[i, j] - own[:, j].mean()) / (own[:, j].std(correction=0) + 1e-4)
+            expected[i, j] = omega * (relative + (0.7 * held if j < 6 else 0))
+    options = {"temporal_weights": weights, "anchor_value": value, "anchor_baseline": baseline}
+    assert_close(VGPO(0.5, anchor_weight=0.7, anchor_steps=6, **options)(rewards, group), expected.clamp(-5, 5))
+
+
 def test_the_reward_of_the_noise_is_nobodys_merit():
     rewards, group = table()
     other = rewards.clone()
@@ -213,7 +233,8 @@ def test_more_scored_steps_than_there_are():
 
 WRONG = {
     "gamma": [1.01, -0.1, float("nan")], "num_scored_steps": [0, 2.5], "anchor_weight": [-0.1], "anchor_steps": [-1],
-    "scale_rewards": ["global"], "advantage_clip": [0, float("nan")],
+    "scale_rewards": ["global"], "advantage_clip": [0, float("nan")], "temporal_weights": ["step"],
+    "anchor_value": ["both"], "anchor_baseline": ["own"],
 }  # fmt: skip
 
 

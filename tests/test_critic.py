@@ -100,3 +100,44 @@ def test_bad_input():
         ValueError, match="credit.num_scored_steps is 10; it must lie in 1 to rollout.num_inference_steps, 4"
     ):
         ProjectionCritic()(torch.rand(4, 5), group)
+
+
+# The centred anchor
+
+
+@pytest.mark.parametrize("scale", ["batch", "group"])
+def test_the_anchor_joins_what_the_regression_explains(scale):
+    "Least squares of reward and anchor together on prompts and forecast; the prompts' own part of the anchor is put back."
+    rewards, group = table()
+    found = ProjectionCritic(6, scale, 1e9, 0.7)(rewards, group)
+    R = rewards[:, -1]
+    others = torch.stack([R[group != g].mean() for g in group])
+    own = torch.stack([R[group == g].mean() for g in group])
+    spread = R.std(correction=0) if scale == "batch" else torch.stack([R[group == g].std(correction=0) for g in group])
+    plain = ProjectionCritic(6, scale, 1e9)(rewards, group)
+    assert_close(found, 1.7 * plain + (0.7 * (own - others) / (spread + 1e-4))[:, None])
+    assert_close(found[:, 0], (R - own + 0.7 * (R - others)) / (spread + 1e-4))
+
+
+def test_the_anchor_by_hand():
+    "Unanimous groups, three solved and one not: k (1 - 2/3) and k (0 - 1) over the epoch's std, the root of 3 over 4."
+    rewards, group = torch.rand(16, 5, dtype=torch.float64), torch.arange(16) // 4
+    rewards[:, -1] = (group > 0).double()
+    found = ProjectionCritic(4, anchor_weight=0.3)(rewards, group)
+    assert_close(found[4:], torch.full((12, 4), 0.1 / (3**0.5 / 4 + 1e-4), dtype=torch.float64))
+    assert_close(found[:4], torch.full((4, 4), -0.3 / (3**0.5 / 4 + 1e-4), dtype=torch.float64))
+    assert not ProjectionCritic(4, "group", anchor_weight=0.3)(rewards, group).any()  # nothing to divide by
+    assert not ProjectionCritic(4)(rewards, group).any()
+
+
+def test_many_prompts_and_a_large_anchor_are_a_critic_of_batch_means():
+    "k = M - 1 with M groups of one size: R over the batch's mean in step 0, where nothing was foreseen, times M."
+    rewards, group = table()
+    found = ProjectionCritic(6, anchor_weight=3, advantage_clip=1e9)(rewards, group)
+    R = rewards[:, -1]
+    assert_close(found[:, 0], 4 * (R - R.mean()) / (R.std(correction=0) + 1e-4))
+
+
+def test_the_anchor_needs_other_prompts():
+    with pytest.raises(ValueError, match="there is only one: raise rollout.prompts_per_epoch, or do without"):
+        ProjectionCritic(4, anchor_weight=0.1)(torch.rand(4, 5), torch.zeros(4, dtype=torch.int64))

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = "method credit world training rewards evaluation models runs practice".split()  # in their order
+PARTS = "method credit world training rewards evaluation models runs practice lab".split()  # in their order
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"), key=lambda path: path.name)
 IDS = [path.stem for path in NOTEBOOKS]
 METHOD_LINES, LINES, TRAINER_LINES = 150, 300, 250  # of code in a module, without docstrings, comments, empty lines

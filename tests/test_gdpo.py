@@ -73,8 +73,18 @@ def test_the_estimators(scale_rewards):
 def test_decoupled_vgpo_to_the_last_bit():
     rewards, group, weights = torch.rand(12, 6, 3), torch.arange(12) % 3, [0.5, 0.3, 0.2]
     values = torch.stack([discounted_values(r, 0.9) for r in rewards[:, 1:].unbind(-1)], -1)
-    expected = anchored(decoupled(values, group, weights), values @ torch.tensor(weights), 0.05, 5).clamp(-5, 5)
+    expected = anchored(decoupled(values, group, weights), values @ torch.tensor(weights), group, 0.05, 5).clamp(-5, 5)
     assert torch.equal(DecoupledVGPO(num_scored_steps=5)(rewards, group, weights), expected)
+
+
+def test_decoupled_vgpo_has_vgpos_options():
+    "Of one reward alone it is VGPO but for the normalisation over the batch; the absolute term is the same to rounding."
+    rewards, group = torch.rand(12, 6, 2, dtype=torch.float64), torch.arange(12) % 3
+    options = {"temporal_weights": "none", "anchor_value": "group", "anchor_baseline": "others", "num_scored_steps": 5}
+    found = [DecoupledVGPO(anchor_weight=k, **options)(rewards, group, [0.5, 0.5]) for k in (0, 0.3)]
+    joint = [VGPO(anchor_weight=k, **options)(rewards.mean(-1), group) for k in (0, 0.3)]
+    assert (found[1] - found[0]).abs().max() > 0.01
+    assert_close(found[1] - found[0], joint[1] - joint[0])
 
 
 def test_they_score_what_their_joint_counterparts_score():

@@ -8,6 +8,7 @@ import torch
 from plug_classes import plug_classes
 from torch.testing import assert_close
 
+from vgpo.credit.one_step import OneStep
 from vgpo.flow import shifted_sigmas
 from vgpo.rollout import column, replay, rollout
 from vgpo.sde import FlowSDE, Sampler
@@ -33,6 +34,8 @@ def window_mask(start, size, count, steps):
         (Random(3, stop=3), {0}),
         (Random(3, stop=10, start=7), {7}),
         (Random(3, per="group"), {0, 1, 2, 3, 4, 5, 6}),
+        (OneStep(), set(range(9))),
+        (OneStep(stop=10), set(range(10))),
     ],
     ids=repr,
 )
@@ -46,7 +49,7 @@ def test_no_window_that_passes_its_check_is_empty_or_leaves_the_steps():
     for kind, steps, size, first, stop, per in itertools.product(
         plug_classes(Window), [2, 5], [1, 2, 4, 5], [0, 1, 4], [None, 1, 3, 5], ["epoch", "group"]
     ):
-        window = kind(size, first, stop, per) if kind is Random else kind(size)
+        window = kind(size, first, stop, per) if issubclass(kind, Random) else kind(size)
         try:
             window.check(steps)
         except ValueError:
@@ -80,6 +83,27 @@ def test_random_windows_are_pinned():
     assert [Random(3).first_step(10, 0, epoch, [0]) for epoch in range(12)] == [1, 2, 5, 4, 2, 5, 1, 0, 1, 3, 6, 1]
     starts = Random(2, stop=5, per="group").first_step(10, 3, 7, range(12))
     assert starts.tolist() == [3, 2, 2, 2, 2, 1, 2, 3, 3, 2, 2, 0]
+
+
+def test_one_step_is_a_random_window_of_one_per_group_from_a_shared_start():
+    assert (OneStep().size, OneStep().per, OneStep().shared_start) == (1, "group", True)
+    assert not Leading().shared_start and not Random().shared_start and Random(shared_start=True).shared_start
+    prompts = [4, 4, 9, 4, 9, 30]
+    found = OneStep(stop=6).first_step(10, 1, 2, prompts)
+    assert torch.equal(found, Random(1, stop=6, per="group").first_step(10, 1, 2, prompts))
+    assert found[0] == found[1] == found[3] and found[2] == found[4]
+
+
+def test_up_to_the_window_a_group_with_a_shared_start_is_one_path():
+    group = torch.arange(40).repeat_interleave(5)
+    window, generator = OneStep(stop=6), torch.Generator().manual_seed(0)
+    start = torch.randn(40, 2, generator=generator, dtype=torch.float64).repeat_interleave(5, 0)
+    mask = window.mask(6, 0, 0, group.tolist())
+    path = rollout(GaussianMixture.ring().velocity, start, SIGMAS, FlowSDE(0.7), generator=generator, sde_steps=mask)
+    states = path.latents.unflatten(0, (40, 5))
+    equal = (states == states[:, :1]).all(-1).all(1)
+    place = window.first_step(6, 0, 0, range(40))
+    assert torch.equal(equal, torch.arange(7) <= place[:, None]) and len(place.unique()) == 6
 
 
 @pytest.mark.parametrize(

@@ -108,14 +108,16 @@ def shares(self: Trainer):
 # %% ../nbs/training/43_trainer.ipynb #c016
 @patch
 def rollout(self: Trainer, minibatch: int, pairs: list[tuple[int, int]]) -> MicroBatch:
-    "The MicroBatch of (prompt, k) pairs, each with noise of its own."
+    "The MicroBatch of (prompt, k) pairs, each with noise of its own, or its group's to start from."
     rows, shape = [self.rows[prompt] for prompt, _ in pairs], (self.num_steps + 1, *self.policy.latent_shape)
-    noise = torch.stack([sample_noise(shape, self.seed, self.epoch, *pair) for pair in pairs]).to(self.device)
+    def draw(pairs): return torch.stack([sample_noise(shape, self.seed, self.epoch, *pair) for pair in pairs]).to(self.device)
+    noise = draw(pairs)
+    start = draw([(prompt, 0) for prompt, _ in pairs]) if self.window.shared_start else noise
     embeds, group = self.policy.encode([row["prompt"] for row in rows]), torch.tensor([prompt for prompt, _ in pairs])
     noisy = self.window.mask(self.num_steps, self.seed, self.epoch, group.tolist())
     velocity = partial(self.policy.velocity, embeds=embeds, guidance_scale=self.config.guidance_scale)
     ode = self.objective.samples_ode
-    path = rollout(velocity, noise[:, 0], self.sigmas, FlowSDE(0.0) if ode else self.sampler, noise[:, 1:], group,
+    path = rollout(velocity, start[:, 0], self.sigmas, FlowSDE(0.0) if ode else self.sampler, noise[:, 1:], group,
                    sde_steps=noisy, keep_means=self.objective.needs_means)
     batch = MicroBatch(minibatch, rows, embeds, path, noisy, noise[:, 1:] if ode else None)
     with torch.no_grad(): batch.old_velocities = self.objective.old_velocities(self.policy, batch)

@@ -18,8 +18,12 @@ from .plugs import check_fields
 
 # %% ../nbs/method/08_windows.ipynb #c007
 class Window:
-    "The base of windows: `size` consecutive steps that draw noise and are trained."
+    """The base of windows: `size` consecutive steps that draw noise and are trained.
+
+    `shared_start` is True where all images of a group start from the same noise, that of its first image.
+    """
     size: int
+    shared_start: bool = False
 
     def check(self, num_steps: int):
         "Raise ValueError, naming option and remedy, if the window does not fit into so many steps."
@@ -48,6 +52,8 @@ class Leading(Window):
     "The first steps (Flow-GRPO, arXiv:2505.05470)."
     size: PositiveInt = 9
     """steps that draw noise and are trained; the others follow the ODE"""
+    shared_start: bool = False
+    """the images of a group start from the same noise (DanceGRPO, arXiv:2505.07818)"""
     def __post_init__(self): check_fields(self)
     def first_step(self, num_steps, seed, epoch, prompts): return 0
     def last_step(self, num_steps): return self.size - 1
@@ -64,6 +70,8 @@ class Random(Window):
     """the step before which the window ends; default: all steps but the last"""
     per: Literal["epoch", "group"] = "epoch"
     """how often a place is drawn"""
+    shared_start: bool = False
+    """the images of a group start from the same noise (DanceGRPO, arXiv:2505.07818)"""
     def __post_init__(self): check_fields(self)
 
     def places(self, num_steps: int) -> range:

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 from fastcore.basics import patch
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from ..advantages import check_rewards, group_stats
+from ..advantages import check_rewards, group_stats, others_mean
 from .base import Credit, spaced_states
 from ..plugs import check_fields
 
@@ -34,6 +34,8 @@ class ProjectionCritic(Credit):
     """whose standard deviation of rewards divides: that of the prompt's group, or of the epoch"""
     advantage_clip: PositiveFloat = 5.0
     """advantages are clamped to [-advantage_clip, advantage_clip]"""
+    anchor_weight: NonNegativeFloat = 0.0
+    """k, weight of an absolute term: the reward minus the mean reward of the epoch's other prompts"""
     def __post_init__(self): check_fields(self)
     def scored_states(self, num_steps): return spaced_states(num_steps, self.num_scored_steps)
 
@@ -49,11 +51,12 @@ def forecasts(self: ProjectionCritic, rewards: torch.Tensor) -> torch.Tensor:
 
 @patch
 def __call__(self: ProjectionCritic, rewards: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    "Advantages (N, T) from the rewards (N, T+1) of all states and prompt ids (N,), Eq. (2); ValueError for NaN."
+    "Advantages (N, T) from the rewards (N, T+1) of all states and prompt ids (N,), Eqs. (2) and (3); ValueError for NaN."
     check_rewards("rewards", rewards, group)
     center, spread = group_stats(rewards[:, -1], group, self.scale_rewards)
     forecast = self.forecasts(rewards)
-    reward, promised = rewards[:, -1] - center, forecast - group_stats(forecast, group)[0]
-    rest = reward[:, None] - fitted_slopes(reward, promised) * promised
+    earned, promised = rewards[:, -1] - center, forecast - group_stats(forecast, group)[0]
+    if self.anchor_weight: earned = earned + self.anchor_weight * (rewards[:, -1] - others_mean(rewards[:, -1:], group)[:, 0])
+    rest = earned[:, None] - fitted_slopes(earned, promised) * promised
     advantages = torch.where(spread[:, None] > 0, rest / (spread[:, None] + 1e-4), 0.0)
     return advantages.to(rewards.dtype).clamp(-self.advantage_clip, self.advantage_clip)

@@ -54,5 +54,5 @@ class DecoupledVGPO(VGPO):
         values = torch.stack([discounted_values(r, self.gamma) for r in rewards[:, 1:].unbind(-1)], -1)  # (N, T, M)
         total = values @ torch.as_tensor(weights, dtype=values.dtype, device=values.device)
         relative = decoupled(values, group, weights, scale_rewards=self.scale_rewards)
-        advantages = anchored(relative, total, self.anchor_weight, self.anchor_steps)
+        advantages = anchored(relative, total, group, self.anchor_weight, self.anchor_steps, **self.readings)
         return advantages.clamp(-self.advantage_clip, self.advantage_clip)

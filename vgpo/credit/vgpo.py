@@ -32,15 +32,23 @@ class VGPO(Credit):
     """leading steps in which the absolute term acts"""
     scale_rewards: Literal["group", "batch"] = "group"
     """whose standard deviation divides: that of the prompt's group, or of the epoch"""
+    temporal_weights: Literal["trajectory", "group", "none"] = "trajectory"
+    """whose values omega weighs steps by: each image's, the mean ones of its group, or nobody's (omega = 1)"""
+    anchor_value: Literal["image", "group"] = "image"
+    """whose value the absolute term holds on to: the image's, or its group's mean"""
+    anchor_baseline: Literal["none", "others"] = "none"
+    """what the absolute term subtracts: nothing, or the mean value of the epoch's other prompts at that step"""
     advantage_clip: PositiveFloat = 5.0
     """advantages are clamped to [-advantage_clip, advantage_clip]"""
     def __post_init__(self): check_fields(self)
+    @property
+    def readings(self): return {"weights": self.temporal_weights, "anchor_value": self.anchor_value, "anchor_baseline": self.anchor_baseline}
     def scored_states(self, num_steps): return spaced_states(num_steps, self.num_scored_steps)
 
 # %% ../../nbs/credit/15_vgpo_estimator.ipynb #c007
 @patch
 def __call__(self: VGPO, rewards: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    "Advantages (N, T) from the rewards (N, T+1) of all states, in [0, 1], and prompt ids (N,); ValueError if negative."
+    "Advantages (N, T) from the rewards (N, T+1) of all states, in [0, 1], and prompt ids (N,); ValueError where omega is negative."
     values = discounted_values(rewards[:, 1:], self.gamma)
-    advantages = value_anchored(values, group, self.anchor_weight, self.anchor_steps, scale_rewards=self.scale_rewards)
+    advantages = value_anchored(values, group, self.anchor_weight, self.anchor_steps, scale_rewards=self.scale_rewards, **self.readings)
     return advantages.clamp(-self.advantage_clip, self.advantage_clip)
