@@ -33,16 +33,19 @@ def recipe(tiny_folder, tmp_path_factory):
     (["--objective.guidance_scale=4"], (20.0, 72.0)),
     (["--objective.beta=0.1"], (20.0, 72.0)),
     (["--objective.beta=0.1", "--objective.guidance_scale=4"], (20.0, 108.0)),
+    (["--credit=GRPO", "--objective=NFT"], (38.0, 54.0)),
+    (["--credit=GRPO", "--objective=AWM", "--objective.guidance_scale=4", "--objective.beta=0.1"], (56.0, 108.0)),
 ])  # fmt: skip
 def test_network_seconds_counts_every_call_of_the_network(options, expected):
     config = parse_config(["--rollout.num_inference_steps=10", "--window.size=9", *options])
     assert tuple(network_seconds(config, 1.0, 2).values()) == expected
 
 
+@pytest.mark.parametrize("objective", [[], ["--credit=GRPO", "--objective=VGRPO"]])
 @pytest.mark.parametrize("options", [[], ["--objective.guidance_scale=4", "--objective.beta=0.1"]])
-def test_the_formula_counts_the_passes_that_an_epoch_makes(recipe, monkeypatch, options):
+def test_the_formula_counts_the_passes_that_an_epoch_makes(recipe, monkeypatch, objective, options):
     "A pass with gradient counts three times; `predict` alone calls the network."
-    config, trainer = make_trainer(str(recipe), "VGPO", [*options, "--rollout.guidance_scale=2"])
+    config, trainer = make_trainer(str(recipe), "VGPO", [*objective, *options, "--rollout.guidance_scale=2"])
     predict, passes = trainer.policy.predict, []
 
     def spy(*args):
@@ -58,12 +61,14 @@ def test_the_formula_counts_the_passes_that_an_epoch_makes(recipe, monkeypatch, 
 def test_table_shows_methods_their_price_and_ratios():
     rows = {name: dict.fromkeys(PHASES, s) | {"epoch": 4 * s} for name, s in (("GRPO", 2.0), ("VGPO", 3.0))}
     rows["VGPO"]["decode"] = 4.0
-    table = bench_table(rows, {"rollout": 2.0, "update": 1.5}, 12)
+    networks = {"GRPO": {"rollout": 2.0, "update": 1.5}, "VGPO": {"rollout": 1.0, "update": 1.5}}
+    table = bench_table(rows, networks, 12)
     lines = {line[:32].strip(): line[32:].split() for line in table.split("\n")}
     assert lines["GRPO"] == ["2.000"] * 4 + ["8.000", "1.5"]
     assert lines["VGPO / GRPO"] == ["1.50", "2.00", "1.50", "1.50", "1.50"]
     assert lines["more, of its epoch"] == ["+12.5%", "+25.0%", "+12.5%", "+12.5%", "+50.0%"]
-    assert lines["network alone"] == ["2.000", "1.500"] and lines["VGPO / network"] == ["1.50", "2.00"]
+    assert lines["network alone"] == ["2.000", "1.500"] and lines["GRPO / network"] == ["1.00", "1.33"]
+    assert lines["VGPO / network"] == ["3.00", "2.00"]  # over its own
 
 
 def test_methods_take_turns_on_the_same_number_of_epochs(recipe, monkeypatch):
@@ -89,8 +94,10 @@ def test_resident_memory_grows_with_what_is_kept():
 
 
 def test_program_prints_the_table_with_another_option_beside_it(recipe, capsys):
-    main(["--recipe", str(recipe), "--epochs", "1", "--also", "window.size=1", "--optim.num_minibatches=1"])
+    other = "credit=GRPO objective=NFT"
+    main(["--recipe", str(recipe), "--epochs", "1", "--also", "window.size=1", other, "--optim.num_minibatches=1"])
     out = capsys.readouterr().out
+    assert f"{other} / GRPO" in out and f"{other} / network" in out
     assert "epochs of 8 images in 4 micro-batches" in out and "VGPO / network" in out and "window.size=1 / GRPO" in out
     assert "MiB after the first epoch of each" in out and "waited for the GPU" not in out
 

@@ -1,5 +1,6 @@
 "Every sampler, window, objective and credit estimator with every other one, in the trainer."
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -13,12 +14,18 @@ import vgpo.objectives
 from vgpo.batches import OptimConfig, RolloutConfig
 from vgpo.callback import Callback
 from vgpo.credit.base import Credit
+from vgpo.credit.gdpo import GDPO
 from vgpo.credit.grpo import GRPO
 from vgpo.credit.one_step import OneStep
 from vgpo.credit.vgpo import VGPO
+from vgpo.flow import ode_sample
 from vgpo.noise import sample_noise
+from vgpo.objectives.awm import AWM, VGRPO
 from vgpo.objectives.base import Objective
-from vgpo.objectives.clipped import KLS, ClippedSurrogate
+from vgpo.objectives.clipped import KLS, ClippedSurrogate, PolicyGradient
+from vgpo.objectives.flow_dppo import FlowDPPO
+from vgpo.objectives.grpo_guard import GRPOGuard
+from vgpo.objectives.matching import Matching
 from vgpo.policies.base import load_policy
 from vgpo.policies.loading import ModelConfig
 from vgpo.rewards.base import Reward, Scores
@@ -31,6 +38,8 @@ from vgpo.world.pretrain import make_autoencoder, make_pipeline
 SAMPLERS = plug_classes(Sampler)
 WINDOWS = [kind(2) for kind in plug_classes(Window)] + [Random(2, per="group"), Leading(2, shared_start=True)]
 OBJECTIVES, ESTIMATORS = plug_classes(Objective, vgpo.objectives), plug_classes(Credit, vgpo.credit)
+GRADIENTS = [kind for kind in OBJECTIVES if issubclass(kind, PolicyGradient)]
+MATCHINGS = [kind for kind in OBJECTIVES if issubclass(kind, Matching)]
 ROWS = [{"prompt": f"a photo of a {color} circle"} for color in ("red", "blue", "green", "white")]
 
 
@@ -80,13 +89,22 @@ def policy(tmp_path_factory):
     return policy, [p.detach().clone() for p in policy.parameters()]
 
 
-def trained(policy, epochs=1, reward=None, micro_batch_size=8, prompts_per_epoch=2, num_minibatches=2, **plugs):
+def trained(
+    policy,
+    epochs=1,
+    reward=None,
+    micro_batch_size=8,
+    prompts_per_epoch=2,
+    num_minibatches=2,
+    guidance_scale=1.0,
+    **plugs,
+):
     "How far a short run's weights moved, its statistics by update, its metrics by epoch, and the trainer."
     policy, begin = policy
     for p, value in zip(policy.parameters(), begin, strict=True):
         p.data.copy_(value)
     rollout = RolloutConfig(num_inference_steps=4, prompts_per_epoch=prompts_per_epoch, group_size=4,
-                            micro_batch_size=micro_batch_size)  # fmt: skip
+                            micro_batch_size=micro_batch_size, guidance_scale=guidance_scale)  # fmt: skip
     record, plugs = Record(), {"sampler": FlowSDE(), "credit": GRPO(), "window": Leading(2)} | plugs
     plugs = {"objective": ClippedSurrogate(clip_range=1e-3)} | plugs
     reward, optim = reward or (Two() if plugs["credit"].separate else Brightness()), OptimConfig(lr=1e-3)
@@ -97,16 +115,106 @@ def trained(policy, epochs=1, reward=None, micro_batch_size=8, prompts_per_epoch
     return moved, record.stats, metrics, trainer
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_is_of_one_of_two_kinds():
+    assert sorted(map(repr, GRADIENTS + MATCHINGS)) == sorted(map(repr, OBJECTIVES))
+
+
+@pytest.mark.parametrize("objective", GRADIENTS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_combination_trains_and_begins_with_ratio_1(policy, sampler, objective):
     for window, kl_type in product(WINDOWS, KLS):
-        plug = objective(clip_range=1e-3, beta=0.1, kl_type=kl_type)
+        options = {} if objective is FlowDPPO else {"clip_range": 1e-3}
+        plug = objective(beta=0.1, kl_type=kl_type, step_weights="noise", **options)
         moved, (first, second), (metrics,), _ = trained(policy, sampler=sampler(0.7), objective=plug, window=window)
         assert first["ratio/abs_dev_mean"] == 0 < second["ratio/abs_dev_mean"] < 0.2, window
         assert first["kl"] == 0 < second["kl"] < 1 and metrics["grad_norm"] > 0
-        assert ("ratio_bias" in metrics) == plug.needs_means
+        assert ("ratio_bias" in metrics) == (objective is GRPOGuard) and ("masked" in metrics) == (
+            objective is FlowDPPO
+        )
         assert moved.abs().max() > 1e-5 and moved.isfinite().all()
+
+
+# Objectives that learn from finished images
+
+
+@pytest.mark.parametrize("objective", MATCHINGS)
+def test_learning_from_finished_images_begins_with_the_velocity_that_drew_them(policy, objective):
+    for window in (window for window in WINDOWS if not window.shared_start):
+        moved, stats, _, trainer = trained(policy, epochs=2, objective=objective(beta=0.1), window=window)
+        first, second, third, fourth = stats  # two minibatches in each of two epochs
+        assert first["drift"] == third["drift"] == 0 < min(second["drift"], fourth["drift"]), window
+        assert first["kl"] == 0 < second["kl"] < 1 and 0 < third["kl"] < 1
+        assert first.get("ratio/abs_dev_mean", 0) == 0 < first["grad_norm"]
+        assert moved.abs().max() > 1e-5 and moved.isfinite().all()
+        for batch in trainer.batches:
+            assert batch.noise.shape == batch.old_velocities.shape == batch.path.clean.shape
+            assert torch.equal(batch.old_velocities.flatten(2).abs().sum(2) > 0, batch.noisy)
+
+
+def test_the_sampler_says_nothing_where_rollouts_follow_the_ode(policy):
+    "Images, weights and all statistics are the same, and the images are those that the ODE draws."
+    found = [trained(policy, epochs=2, sampler=kind(0.5), objective=AWM()) for kind in SAMPLERS]
+    for moved, stats, *_ in found[1:]:
+        assert torch.equal(moved, found[0][0]) and stats == found[0][1]
+    *_, trainer = trained(policy, objective=AWM())
+    for p, value in zip(policy[0].parameters(), policy[1], strict=True):
+        p.data.copy_(value)
+    for batch in trainer.batches:
+        with torch.no_grad():
+            velocity = partial(policy[0].velocity, embeds=batch.embeds)
+            assert_close(batch.path.latents[:, -1], ode_sample(velocity, batch.path.latents[:, 0], trainer.sigmas))
+        assert not batch.path.log_probs.any()
+
+
+def test_the_window_says_nothing_of_the_images(policy):
+    "Which levels are trained does not change what is drawn."
+    finals = []
+    for window in (Leading(1), Leading(4), Random(2, per="group")):
+        *_, trainer = trained(policy, objective=AWM(), window=window)
+        finals.append(torch.cat([batch.path.latents[:, -1] for batch in trainer.batches]))
+    assert torch.equal(finals[0], finals[1]) and torch.equal(finals[0], finals[2])
+
+
+@pytest.mark.parametrize("window", [Leading(3), Random(2, per="group")], ids=repr)
+def test_micro_batches_do_not_change_the_old_velocities(policy, window):
+    found = []
+    for size in (8, 2, 1):
+        *_, trainer = trained(policy, objective=VGRPO(), window=window, micro_batch_size=size)
+        found.append([torch.cat([getattr(b, name) for b in trainer.batches]) for name in ("noise", "old_velocities")])
+    for noise, old in found[1:]:
+        assert torch.equal(noise, found[0][0])
+        assert_close(old, found[0][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", MATCHINGS)
+def test_micro_batches_do_not_change_what_finished_images_teach(policy, objective):
+    whole, small = (trained(policy, objective=objective(), micro_batch_size=size)[0] for size in (8, 1))
+    assert whole.abs().max() > 1e-4
+    assert torch.nn.functional.cosine_similarity(whole, small, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("objective", MATCHINGS)
+def test_guidance_while_sampling_and_training(policy, objective):
+    "The old velocity has the guidance of the loss, so nothing has drifted at first, whatever that of the rollout is."
+    for rollout, training in ((1.0, 2.0), (2.0, 1.0), (2.0, 2.0)):
+        moved, (first, second), *_ = trained(
+            policy, objective=objective(guidance_scale=training), guidance_scale=rollout
+        )
+        assert first["drift"] == 0 < second["drift"] and moved.abs().max() > 1e-5
+
+
+def test_several_rewards_teach_by_finished_images(policy):
+    "Their sum, or each normalised by itself."
+    together, apart = (trained(policy, objective=AWM(), credit=credit, reward=Two())[0] for credit in (GRPO(), GDPO()))
+    alone = trained(policy, objective=AWM(), reward=Brightness())[0]
+    assert min(moved.abs().max() for moved in (together, apart)) > 1e-5
+    assert not torch.equal(together, apart) and not torch.equal(together, alone)
+
+
+def test_advantages_are_the_same_at_all_levels(policy):
+    *_, trainer = trained(policy, objective=AWM(), window=Leading(4))
+    for batch in trainer.batches:
+        assert torch.equal(batch.advantages, batch.advantages[:, :1].expand(-1, 4)) and batch.advantages.any()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

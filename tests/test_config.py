@@ -25,8 +25,12 @@ from vgpo.config import (
 from vgpo.config import recipe_path as path_of
 from vgpo.credit.gdpo import GDPO, DecoupledVGPO
 from vgpo.credit.grpo import GRPO
+from vgpo.credit.one_step import OneStep
 from vgpo.credit.vgpo import VGPO
+from vgpo.objectives.awm import AWM, VGRPO
 from vgpo.objectives.clipped import ClippedSurrogate
+from vgpo.objectives.flow_dppo import FlowDPPO
+from vgpo.objectives.nft import NFT
 from vgpo.plugs import check_fields
 from vgpo.runs.resume import leaves
 from vgpo.sde import DanceSDE, FlowCPS, FlowSDE
@@ -117,6 +121,10 @@ def test_every_plug_is_chosen_by_its_name_with_its_own_options():
         "--credit DecoupledVGPO --credit.gamma 1": DecoupledVGPO(gamma=1.0, num_scored_steps=5),
         "--credit vgpo.credit.vgpo.VGPO": VGPO(num_scored_steps=5),
         "--objective.beta 0.1": ClippedSurrogate(clip_range=1e-3, beta=0.1),
+        "--objective FlowDPPO --objective.max_kl 1e-3 --objective.step_weights noise": FlowDPPO(max_kl=1e-3, step_weights="noise"),
+        "--objective NFT --objective.mix 0.5 --credit GRPO": NFT(mix=0.5),
+        "--objective AWM --objective.error_of clean --credit GDPO": AWM(error_of="clean"),
+        "--objective VGRPO --objective.clip_range 0.1 --credit GRPO": VGRPO(clip_range=0.1),
     }.items():  # fmt: skip
         assert getattr(parse_config(line.split()), line[2:].split()[0].split(".")[0]) == plug, line
 
@@ -318,11 +326,49 @@ def test_contradictions(option, value, message):
         changed(Config(), option, value)
 
 
-@pytest.mark.parametrize("objective", [ClippedSurrogate(beta=0.1), ClippedSurrogate(target_kl=0.1)], ids=repr)
+@pytest.mark.parametrize(
+    "objective",
+    [ClippedSurrogate(beta=0.1), ClippedSurrogate(target_kl=0.1), FlowDPPO(beta=0.1), NFT(beta=0.1)],
+    ids=repr,
+)
 def test_without_adapters_there_is_no_reference(objective):
-    config = changed(Config(), "model.lora_rank", 0)
-    with pytest.raises(ValueError, match="set objective.beta and objective.target_kl to 0, or train adapters"):
+    config = replace(changed(Config(), "model.lora_rank", 0), credit=GRPO())
+    remedy = "set objective.beta, and objective.target_kl if there is one, to 0, or train adapters"
+    with pytest.raises(ValueError, match=remedy):
         replace(config, objective=objective)
+
+
+def ours(option):
+    return [kind for kind in plug_classes(option).values() if kind.__module__.startswith("vgpo.")]
+
+
+OF_FINISHED_IMAGES = [kind for kind in ours("objective") if kind.samples_ode]
+IN_BETWEEN = [kind() for kind in ours("credit") if len(kind().scored_states(10)) > 1]
+
+
+@pytest.mark.parametrize("credit", IN_BETWEEN, ids=lambda credit: type(credit).__name__)
+@pytest.mark.parametrize("objective", OF_FINISHED_IMAGES)
+def test_what_learns_from_finished_images_wants_an_estimator_that_scores_no_others(objective, credit):
+    states = len(credit.scored_states(10))
+    message = (
+        f"objective {objective.__name__} learns from finished images, but credit {type(credit).__name__} scores {states} "
+        "states of each; choose an estimator that scores the last only: --credit GRPO"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Config(objective=objective(), credit=credit)
+    Config(objective=ClippedSurrogate(), credit=credit)
+    for terminal in (GRPO(), GDPO()):
+        assert Config(objective=objective(), credit=terminal).objective == objective()
+
+
+@pytest.mark.parametrize("objective", OF_FINISHED_IMAGES)
+@pytest.mark.parametrize("window", [Leading(shared_start=True), OneStep()], ids=repr)
+def test_images_of_the_ode_do_not_share_their_start(objective, window):
+    message = f"objective {objective.__name__} draws images by the ODE, and those of a group .* set window.shared_start to false"
+    with pytest.raises(ValueError, match=message):
+        Config(objective=objective(), credit=GRPO(), window=window)
+    Config(objective=objective(), credit=GRPO(), window=replace(window, shared_start=False))
+    Config(credit=GRPO(), window=window)
 
 
 def test_sampler_and_window_must_fit():

@@ -214,6 +214,12 @@ VARIANTS = {
     "unguided update": [*VGPO, "--rollout.guidance_scale=2"],
     "better projections": [*VGPO, "--credit.projection_steps=4", "--rollout.guidance_scale=2"],
     "better projections of every state": ["--credit=Gains", "--credit.projection_steps=2"],
+    "finished images": ["--credit=GRPO", "--objective=NFT"],
+    "finished images, guided, with kl": [
+        *("--credit=GRPO", "--objective=VGRPO", "--objective.beta=0.1", "--objective.guidance_scale=2"),
+        *("--rollout.guidance_scale=2", "--window=Random", "--window.size=2", "--window.per=group"),
+    ],
+    "means kept": [*VGPO, "--objective=FlowDPPO"],
     "drafts, checkpointing": [*VGPO, "--model.tiny_vae={}/vae", "--model.gradient_checkpointing=true"],
 }
 
@@ -243,11 +249,10 @@ def counted_epoch(trainer, monkeypatch):
     monkeypatch.setattr(type(reward), "__call__", counted)
     trainer.train_epoch()
     tensors = [
-        (b.path.latents, b.path.clean, b.path.log_probs, *(t for t in b.embeds if t is not None))
+        (b.path.latents, b.path.clean, b.path.log_probs, b.path.means, b.noise, b.old_velocities, *b.embeds)
         for b in trainer.batches
     ]
-    kept = sum(t.nbytes for batch in tensors for t in batch)
-    return seen, kept
+    return seen, size_of(t for batch in tensors for t in batch if t is not None)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,6 +9,7 @@ __all__ = ['PHASES', 'now', 'bare_forwards', 'make_trainer', 'timed_epoch', 'res
 # %% ../nbs/practice/88_bench.ipynb #c003
 import argparse
 import resource
+import shlex
 import sys
 import tempfile
 import time
@@ -115,16 +116,19 @@ def table_row(name: str, row: dict, form: str, scale: dict | None = None) -> str
     return f"{name:<32}" + "".join(f"{entry(key) if k else '':>9}" for key, k in zip((*PHASES, "epoch"), known))
 
 
-def bench_table(medians: dict[str, dict], network: dict[str, float], images: int) -> str:
-    "The measurements as lines of text: seconds by method, the others over the first and their price, all over the network."
+def bench_table(medians: dict[str, dict], networks: dict[str, dict], images: int) -> str:
+    """The measurements as lines of text: seconds by method, the others over the first and their price, all over the network.
+
+    Both are {method: {phase: seconds}}; the line of the network alone is the first method's.
+    """
     (first, base), *others = medians.items()
     lines = [f"{'seconds':<32}" + "".join(f"{key:>9}" for key in (*PHASES, "epoch")) + f"{'images/s':>10}"]
     lines += [table_row(name, row, ".3f") + f"{images / row['epoch']:>10.1f}" for name, row in medians.items()]
-    lines.append(table_row("network alone", network, ".3f"))
+    lines.append(table_row("network alone", networks[first], ".3f"))
     for name, row in others:
         price = {key: (row[key] - base[key]) / base["epoch"] for key in row}
         lines += [table_row(f"{name} / {first}", row, ".2f", base), table_row("  more, of its epoch", price, "+.1%")]
-    return "\n".join(lines + [table_row(f"{name} / network", row, ".2f", network) for name, row in medians.items()])
+    return "\n".join(lines + [table_row(f"{name} / network", row, ".2f", networks[name]) for name, row in medians.items()])
 
 # %% ../nbs/practice/88_bench.ipynb #c019
 class CountSyncs(Callback):
@@ -164,7 +168,8 @@ def bench_lines(recipe: str, made: dict[str, tuple[Config, Trainer]], epochs: in
         f"recipe {recipe}: epochs of {images} images in {found.batches} micro-batches, {trainer.num_steps} steps of which "
         f"{config.window.size} are trained\n{torch.cuda.get_device_name(trainer.device) if gpu else 'CPU'}, "
         f"{torch.get_num_threads()} threads, medians of {epochs} epochs; one forward: {1000 * found.forward:.1f} ms\n",
-        bench_table(found.medians, network_seconds(config, found.forward, found.batches), images),
+        bench_table(found.medians, {name: network_seconds(config, found.forward, found.batches)
+                                    for name, (config, _) in made.items()}, images),
         "\nnetwork alone: one bare forward per sampled step; three per trained step",
         f"memory: {memory[0]:.1f} MiB after the first epoch of each, {memory[half]:.1f} after {half} more, "
         f"{memory[-1]:.1f} after {epochs} more", *(sync_lines(trainer, config, found.batches) if gpu else [])]
@@ -175,7 +180,8 @@ def bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vgpo.bench", description=main.__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each method that count (default: 5)")
     parser.add_argument("--recipe", default="tiny-geneval", help="a recipe's name or a .yaml file")
-    parser.add_argument("--also", nargs="+", default=[], metavar="OPTION=VALUE", help="time VGPO with it, too")
+    parser.add_argument("--also", nargs="+", default=[], metavar="OPTION=VALUE",
+                        help="time VGPO with it, too; several that belong together in quotes")
     return parser
 
 
@@ -184,7 +190,8 @@ def main(argv: list[str] | None = None):
     quiet()
     try:
         own, more = bench_parser().parse_known_args(command_line(argv))
-        methods = {"GRPO": ("GRPO", more), "VGPO": ("VGPO", more)} | {o: ("VGPO", [*more, f"--{o}"]) for o in own.also}
+        methods = {"GRPO": ("GRPO", more), "VGPO": ("VGPO", more)}
+        methods |= {also: ("VGPO", [*more, *(f"--{option}" for option in shlex.split(also))]) for also in own.also}
         if own.epochs < 1: raise ValueError(f"--epochs is {own.epochs}; it must be at least 1")
         made = {name: make_trainer(own.recipe, credit, options) for name, (credit, options) in methods.items()}
         print("\n".join(bench_lines(own.recipe, made, own.epochs)))

@@ -106,9 +106,11 @@ def check_config(config: Config):
     rules = [
         (total % parts == 0, f"optim.num_minibatches is {parts}; it must divide the {total} images of an epoch"),
         (not (trains_all and c.objective.uses_reference), "with model.lora_rank 0 there is no second set of weights for the "
-         "KL to the model before training: set objective.beta and objective.target_kl to 0, or train adapters"),
+         "KL to the model before training: set objective.beta, and objective.target_kl if there is one, to 0, or train adapters"),
         (not c.objective.samples_ode or scored == [steps], f"objective {type(c.objective).__name__} learns from finished images, but "
          f"credit {type(c.credit).__name__} scores {len(scored)} states of each; choose an estimator that scores the last only: --credit GRPO"),
+        (not (c.objective.samples_ode and c.window.shared_start), f"objective {type(c.objective).__name__} draws images by the ODE, and "
+         "those of a group that starts from the same noise are all the same: set window.shared_start to false"),
         (getattr(c.sampler, "noise_level", 1) > 0, "sampler.noise_level is 0; the steps of the window have to draw noise to be "
          "trained: set it above 0"),
         (c.evaluation.eval_every or not c.early_stopping.patience, f"early_stopping.patience is {c.early_stopping.patience}; "

@@ -87,9 +87,11 @@ def reward_bytes(reward: str | dict) -> int:
 
 # %% ../nbs/practice/87_plan.ipynb #c010
 def trajectory_bytes(config: Config, policy: Policy, batches: Batches) -> int:
-    "Bytes of the trajectories of a process and an epoch: states, clean estimates, log-probabilities, texts."
+    "Bytes of the trajectories of a process and an epoch: states, clean estimates, log-probabilities, texts, what an objective keeps."
     steps = config.rollout.num_inference_steps
-    kept = 2 * steps + 1 + steps * (config.objective.needs_means + 2 * config.objective.samples_ode)  # noise, old velocities
+    kept = 2 * steps + 2  # of the start, too, there are a state and a clean estimate
+    if config.objective.needs_means: kept += steps
+    if config.objective.samples_ode: kept += 2 * steps + 1  # noise, that of the start with it, and old velocities
     latent, text = 4 * math.prod(policy.latent_shape), size_of(tuple(policy.example_embeds(1)))
     return batches.share * batches.num_minibatches * (kept * latent + 4 * steps + text)
 

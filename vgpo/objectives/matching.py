@@ -56,7 +56,7 @@ def noised(self: Matching, batch, step) -> tuple[torch.Tensor, torch.Tensor, tor
 @patch
 def old_velocities(self: Matching, policy, batch):
     "Velocities (B, T, …) of the weights that drew the images, at the levels that are trained; 0 at the others."
-    old, rows = torch.zeros_like(batch.noise), torch.arange(len(batch.noise))
+    old, rows = torch.zeros_like(batch.noise), torch.arange(len(batch.noise), device=batch.noise.device)
     for step in batch.trained_steps():
         x, sigma, _ = self.noised(batch, step)
         old[rows, step] = policy.velocity(x, sigma, batch.embeds, self.guidance_scale)
