@@ -249,7 +249,16 @@ def counted_epoch(trainer, monkeypatch):
     monkeypatch.setattr(type(reward), "__call__", counted)
     trainer.train_epoch()
     tensors = [
-        (b.path.latents, b.path.clean, b.path.log_probs, b.path.means, b.noise, b.old_velocities, *b.embeds)
+        (
+            b.path.latents,
+            b.path.clean,
+            b.path.first_clean,
+            b.path.log_probs,
+            b.path.means,
+            b.noise,
+            b.old_velocities,
+            *b.embeds,
+        )
         for b in trainer.batches
     ]
     return seen, size_of(t for batch in tensors for t in batch if t is not None)
