@@ -17,7 +17,7 @@ import torch
 from .credit.base import Credit
 from .flow import shifted_sigmas
 from .rollout import clean_at, rollout
-from .sde import FlowSDE, Sampler
+from .sde import FlowSDE, Sampler, Transition
 
 # %% ../nbs/credit/21_yardstick.ipynb #y004
 @dataclass(eq=False)
@@ -42,26 +42,26 @@ class Plane:
             raise ValueError(f"the noise of step {stds.index(min(stds))} has std {min(stds):.3g}, and cells are {self.spacing:.3g} "
                              "wide: raise cells, or take a sampler with more noise in that step")
 
-    def transition(self, j, x, shift=0.0):
+    def transition(self, j: int, x: torch.Tensor, shift=0.0) -> Transition:
         "The Transition of step j from states x (N, 2), whose velocity is moved by `shift`, a number or (N, 2)."
         with torch.no_grad(): velocity = self.velocity(x, self.sigmas[j])
         return self.sampler.transition(x, velocity + shift, self.sigmas[j], self.sigmas[j + 1], self.sigmas[1])
 
 # %% ../nbs/credit/21_yardstick.ipynb #y008
-def average_over(table, mean, variance, axis):
+def average_over(table: torch.Tensor, mean: torch.Tensor, variance, axis: torch.Tensor) -> torch.Tensor:
     "E[f(mean + noise)] (N,), Eq. (3), of f given by a `table` (M, M) on axis × axis (M,); means (N, 2), `variance` per coordinate."
     mean = mean.clamp(axis[0], axis[-1])
     near = (-(mean[..., None] - axis).square() / (2 * variance)).softmax(-1)  # (N, 2, M)
     return ((near[:, 0] @ table) * near[:, 1]).sum(1)
 
 
-def expected_next(plane, table, j, step):
+def expected_next(plane: Plane, table: torch.Tensor, j: int, step: Transition) -> torch.Tensor:
     "E[V] (N,) of the state that a Transition of step j leads to, from the `table` (M, M) of V at state j + 1."
     blurred = plane.spacing**2 / 12 if j == plane.num_steps - 1 else 0.0  # by the means over cells
     return average_over(table.to(step.mean), step.mean, step.std**2 - blurred, plane.axis.to(step.mean))
 
 
-def state_values(plane):
+def state_values(plane: Plane) -> torch.Tensor:
     "Tables (T+1, M, M) of the expected reward at each state, Eq. (2), float64; the last holds the rewards' means over cells."
     M, fine = plane.cells, 8
     inside = ((torch.arange(fine, dtype=torch.float64) + 0.5) / fine - 0.5) * plane.spacing
@@ -73,13 +73,13 @@ def state_values(plane):
     return torch.stack(tables)
 
 # %% ../nbs/credit/21_yardstick.ipynb #y014
-def bumps(x):
+def bumps(x: torch.Tensor) -> torch.Tensor:
     "25 round bumps (N, 25) of width 0.7 at the points x (N, 2), one around each point of {-2, -1, 0, 1, 2} squared."
     line = torch.arange(-2.0, 3.0)
     return (-torch.cdist(x, torch.cartesian_prod(line, line).to(x)).square() / (2 * 0.7**2)).exp()
 
 
-def true_gradient(plane, values):
+def true_gradient(plane: Plane, values: torch.Tensor) -> torch.Tensor:
     """The gradient (T, 25, 2) of the expected reward where the velocity of step j moves along `bumps`, float64, Eq. (5).
 
     `values` are those of `state_values`. ValueError where states leave the grid.
@@ -107,14 +107,14 @@ class Groups:
     size: int  # images of a group
 
 # %% ../nbs/credit/21_yardstick.ipynb #y019
-def along_bumps(plane, j, x, x_next):
+def along_bumps(plane: Plane, j: int, x: torch.Tensor, x_next: torch.Tensor) -> torch.Tensor:
     "The gradient (N, 50) of the log-density of step j at x_next (N, 2) by shifts of its velocity at x (N, 2), Eq. (4)."
     step = plane.transition(j, x)
     reach = (plane.transition(j, x[:1], 1.0).mean - step.mean[:1])[0, 0] / step.std  # c / s
     return (bumps(x)[:, :, None] * (reach * (x_next - step.mean) / step.std)[:, None]).flatten(1)
 
 
-def draw_groups(plane, groups, group_size=16, seed=0, behaviour=None):
+def draw_groups(plane: Plane, groups: int, group_size=16, seed=0, behaviour: Plane | None = None) -> Groups:
     """Sample `Groups` from a Plane, or from a second one, `behaviour`, whose images then train the policy of the first.
 
     Rewards and values are those of the policy that samples. ValueError where the two have another number of steps.
@@ -135,7 +135,7 @@ def draw_groups(plane, groups, group_size=16, seed=0, behaviour=None):
     return Groups(rewards, values, scores, ratios, truth, group_size)
 
 # %% ../nbs/credit/21_yardstick.ipynb #y023
-def group_gradients(advantages, groups, clip_range=0.2):
+def group_gradients(advantages: torch.Tensor, groups: Groups, clip_range=0.2) -> torch.Tensor:
     "One gradient (G, T, 50) per group, of the clipped surrogate with advantages (N, T); nothing is clipped where ratios are 1."
     ratios = groups.ratios
     clipped = torch.where(advantages > 0, ratios > 1 + clip_range, ratios < 1 - clip_range)
@@ -143,7 +143,7 @@ def group_gradients(advantages, groups, clip_range=0.2):
     return torch.einsum("git,gitd->gtd", *(v.unflatten(0, (-1, groups.size)) for v in (weights, groups.scores))) / groups.size
 
 
-def read_gradients(means, squares, truth):
+def read_gradients(means: torch.Tensor, squares: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Direction, size, signal to noise and signal (4, T+1), by step and of all steps together, Eqs. (6) to (8).
 
     `means` (E, T, D) are the mean gradients of E epochs, `squares` (E, T) the mean |g|^2 of their groups, `truth` is (T, D).
@@ -165,7 +165,7 @@ class Reading:
     scored: int = 0  # states that it wants scored, per image
 
 
-def read(gradients, truth, epoch, scored=0):
+def read(gradients: torch.Tensor, truth: torch.Tensor, epoch: int, scored=0) -> Reading:
     "The Reading of group gradients (G, T, D), of which `epoch` at a time may depend on each other, against a `truth` (T, D)."
     parts = gradients.double().unflatten(0, (-1, epoch))
     means, squares = parts.mean(1), parts.square().sum(-1).mean(1)
@@ -177,7 +177,7 @@ def read(gradients, truth, epoch, scored=0):
     return Reading(direction.where(seen, math.nan), size, snr, scored)
 
 # %% ../nbs/credit/21_yardstick.ipynb #y028
-def gauge(estimators, groups, prompts_per_epoch=48, clip_range=0.2, units=None):
+def gauge(estimators: dict[str, Credit], groups: Groups, prompts_per_epoch=48, clip_range=0.2, units=None) -> dict[str, Reading]:
     """{name: Reading} of a dict of estimators and, first, of the true advantage, on the images of `Groups`.
 
     An estimator is given the images of `prompts_per_epoch` groups at a time. `units` (T,) are the units in which the velocity of
@@ -195,7 +195,8 @@ def gauge(estimators, groups, prompts_per_epoch=48, clip_range=0.2, units=None):
             for name, (a, scored) in found.items()}
 
 # %% ../nbs/credit/21_yardstick.ipynb #y029
-def measure_credit(estimators: dict[str, Credit], plane: Plane, groups=2880, group_size=16, seed=0, behaviour=None, **options):
+def measure_credit(estimators: dict[str, Credit], plane: Plane, groups=2880, group_size=16, seed=0,
+                   behaviour: Plane | None = None, **options) -> dict[str, Reading]:
     """{name: Reading} of estimators on fresh images of a Plane; see `draw_groups` and `gauge` for the arguments.
 
     >>> plane = Plane(GaussianMixture.ring().velocity, lambda x: (x[:, 0] > 1).float())
