@@ -66,7 +66,7 @@ METHODS = {  # name -> options; the first is the baseline
     "gains": ["--credit=Gains"],
     "critic": ["--credit=ProjectionCritic", SCORED],
     "critic, anchored": ["--credit=ProjectionCritic", SCORED, "--credit.anchor_weight=0.5"],
-    "one step": ["--credit=GRPO", "--window=OneStep", "--objective.step_weights=noise"],
+    "one step": ["--credit=GRPO", "--credit.scale_rewards=batch", "--window=OneStep", "--objective.step_weights=noise"],
     "NFT": ["--credit=GRPO", "--objective=NFT"],
 }
 TUNED_AS = {"TCRM only": "VGPO", "ADAE only": "VGPO", "critic, anchored": "critic"}
