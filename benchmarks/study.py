@@ -66,7 +66,10 @@ METHODS = {  # name -> options; the first is the baseline
     "gains": ["--credit=Gains"],
     "critic": ["--credit=ProjectionCritic", SCORED],
     "critic, anchored": ["--credit=ProjectionCritic", SCORED, "--credit.anchor_weight=0.5"],
-    "one step": ["--credit=GRPO", "--credit.scale_rewards=batch", "--window=OneStep", "--objective.step_weights=noise"],
+    "one step": [
+        *("--credit=GRPO", "--credit.scale_rewards=batch", "--window=OneStep", "--window.size=1"),
+        *("--window.shared_start=true", "--objective.step_weights=noise"),
+    ],  # size and start are said here, as a recipe's window of another class leaves its own
     "NFT": ["--credit=GRPO", "--objective=NFT"],
 }
 TUNED_AS = {"TCRM only": "VGPO", "ADAE only": "VGPO", "critic, anchored": "critic"}

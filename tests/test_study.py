@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from vgpo.config import parse_config
+from vgpo.credit.grpo import GRPO
+from vgpo.credit.one_step import OneStep
 
 
 @pytest.fixture
@@ -34,6 +36,13 @@ def test_every_run_has_a_name_of_its_own_and_options_that_exist(study):
     assert len({study.key(run) for run in runs}) == len(runs) > 100
     for run in {json.dumps(run["options"]): run for run in runs}.values():
         parse_config(["--recipe=tiny-geneval", *run["options"]])
+
+
+def test_one_step_is_one_step_whatever_the_recipes_window_says(study):
+    for task in study.TASKS:
+        config = parse_config([f"--recipe={task}", *study.COMMON, *study.METHODS["one step"]])
+        assert config.window == OneStep() and config.objective.step_weights == "noise"
+        assert config.credit == GRPO(scale_rewards="batch")
 
 
 def test_a_method_takes_its_best_rate_and_a_variant_that_of_its_method(study):
