@@ -72,6 +72,21 @@ RECIPES = {  # between them they have every option of every kind of plug
             "--optim.lr_scheduler=cosine",
         ),
     ],
+    "mask": ["--window.size=2", "--credit=GRPO", "--objective=FlowDPPO", "--objective.max_kl=3e-6"],
+    "finished images": [
+        *("--window.size=2", "--credit=GRPO", "--objective=NFT", "--objective.mix=0.5"),
+        "--objective.max_advantage=1",
+    ],
+    "weighed images": ["--window.size=2", "--credit=GRPO", "--objective=AWM"],
+    "clipped images": ["--window.size=2", "--credit=GRPO", "--objective=VGRPO", "--objective.clip_range=1e-3"],
+    "one step": ["--window=OneStep", "--window.size=1", "--window.shared_start=true", "--credit=GRPO"],
+    "gains": ["--window.size=2", "--credit=Gains", "--credit.advantage_clip=1"],
+    "critic": [
+        "--window.size=2",
+        "--credit=ProjectionCritic",
+        "--credit.num_scored_steps=2",
+        "--credit.advantage_clip=1",
+    ],
 }
 PLUGS = {
     "sampler": plug_classes(Sampler),
@@ -199,11 +214,47 @@ def parsed(words):
     return cached(tuple(words))
 
 
-SWEPT = [("paper", option) for option in options("paper")] + [
-    ("other plugs", option)
-    for option in options("other plugs")
-    if option in ("epochs", "optim.lr_scheduler") or option.split(".")[0] in PLUGS
-]
+def owner(recipe, option):
+    "The class that an option of a recipe's plug is a field of: an inherited one means the same in every class below."
+    section, *_, name = option.split(".")
+    kind = type(getattr(parse_config([*SMALL, *RECIPES[recipe]]), section))
+    return owner_of(kind, name)
+
+
+def owner_of(kind, name):
+    return next(cls for cls in kind.__mro__ if name in vars(cls).get("__annotations__", ()))
+
+
+def swept():
+    "(recipe, option): all of the first recipe, the plugs of the second, and of the others what these have not."
+    found = [("paper", option) for option in options("paper")]
+    found += [
+        ("other plugs", option)
+        for option in options("other plugs")
+        if option in ("epochs", "optim.lr_scheduler") or option.split(".")[0] in PLUGS
+    ]
+    seen = {(owner(*pair), pair[1]) for pair in found if ".init_args." in pair[1] and pair[1].split(".")[0] in PLUGS}
+    for recipe in list(RECIPES)[2:]:
+        for option in options(recipe):
+            if (
+                option.split(".")[0] in PLUGS
+                and ".init_args." in option
+                and (owner(recipe, option), option) not in seen
+            ):
+                found.append((recipe, option))
+                seen.add((owner(recipe, option), option))
+    return found
+
+
+SWEPT = swept()
+
+
+@pytest.mark.parametrize("kind", [kind for plugs in PLUGS.values() for kind in plugs])
+def test_every_option_of_every_plug_is_swept(kind):
+    section = next(name for name, plugs in PLUGS.items() if kind in plugs)
+    tried = {(owner(*pair), pair[1]) for pair in SWEPT if pair[1].startswith(f"{section}.init_args.")}
+    for f in fields(kind):
+        assert (owner_of(kind, f.name), f"{section}.init_args.{f.name}") in tried, f"add a recipe with {kind.__name__}"
 
 
 @pytest.mark.parametrize("recipe, option", SWEPT)
