@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from vgpo.config import Config
 from vgpo.evaluation.images import EvaluationConfig
@@ -101,3 +102,9 @@ def test_odd_prompts_and_names_are_text(tmp_path):
     text = write_trial(tmp_path, rows=ODD, name="a _ {0} 100%s", warnings=["{x} $$ %d"])[0]
     assert text.startswith("# a \\_ {0} 100%s, VGPO") and "- {x} $$ %d\n" in text
     assert (tmp_path / "before_after.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_sheet_shows_24_of_many_images():
+    rows = [{"prompt": f"prompt {i}", "tag": f"task {i % 6}"} for i in range(60)]
+    figure = report_sheet(evaluation(4, rows, True), evaluation(8, rows, True))
+    assert any(text.get_text().startswith("24 of 60 held-out prompts") for text in figure.findobj(Text))

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from .evaluation.scores import Evaluation
 from .evaluation.statistics import table_cell
 from .files import atomic_write
-from .plots import before_after, training_curves
+from .plots import before_after, evenly_spaced, training_curves
 from .text import markdown, save_figure
 
 # %% ../nbs/evaluation/66_report.ipynb #c005
@@ -37,7 +37,7 @@ def report_table(before: Evaluation, after: Evaluation) -> str:
 
 # %% ../nbs/evaluation/66_report.ipynb #c008
 def report_sheet(before: Evaluation, after: Evaluation) -> Figure:
-    "The before-and-after Figure of the images that both evaluations have kept."
+    "The before-and-after Figure of 24 of the images that both evaluations have kept, evenly spaced."
     shown = [i for i in before.shown if i in after.shown]
     sides = [e.images[[e.shown.index(i) for i in shown]] for e in (before, after)]
     scores = tuple(e.scores["reward"][shown] for e in (before, after))
@@ -45,7 +45,7 @@ def report_sheet(before: Evaluation, after: Evaluation) -> Figure:
     b, a, d = (found["reward"][key] for found in (before.summary, after.summary, after.change_from(before)))
     note = f"all {len(before.rows)} images: {label} {b['mean']:.3f} before, {a['mean']:.3f} after ({table_cell(d, '+')})"
     prompts, tags = [before.rows[i]["prompt"] for i in shown], [before.tags[i] for i in shown]
-    return before_after(*sides, prompts, scores=scores, tags=tags, note=note, pick=range(len(shown)), total=len(before.rows))
+    return before_after(*sides, prompts, scores=scores, tags=tags, note=note, pick=evenly_spaced(tags, 24), total=len(before.rows))
 
 # %% ../nbs/evaluation/66_report.ipynb #c011
 REPORT = """# {name}, {credit}, seed {seed}
