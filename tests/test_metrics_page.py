@@ -2,16 +2,28 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from plug_classes import plug_classes
 
+import vgpo.objectives
 from vgpo.config import Config, option_names
 from vgpo.credit.vgpo import VGPO
 from vgpo.evaluate import main as evaluate
+from vgpo.flow import shifted_sigmas
+from vgpo.objectives.base import Objective
 from vgpo.objectives.clipped import ClippedSurrogate
+from vgpo.objectives.grpo_guard import GRPOGuard
+from vgpo.rollout import rollout
+from vgpo.sde import FlowSDE
+from vgpo.toy import GaussianMixture
 from vgpo.train import main as train
+from vgpo.trainer import MicroBatch
 from vgpo.windows import Random
 
 PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -29,8 +41,26 @@ def run(tmp_path_factory, tiny_folder):
     return next(folder.iterdir())
 
 
+def statistics_of(objective):
+    "The names of what the loss of an objective says of itself, with a KL; a run of each would take minutes."
+    noise, sampler = torch.randn(4, 4, 2), FlowSDE(0.7)
+    policy = SimpleNamespace(
+        velocity=lambda x, sigma, embeds, guidance_scale: GaussianMixture.ring().velocity(x, sigma)
+    )
+    policy.reference = nullcontext
+    path = rollout(
+        GaussianMixture.ring().velocity, noise[:, 0], shifted_sigmas(3), sampler, noise[:, 1:], keep_means=True
+    )
+    batch = MicroBatch(0, [], None, path, torch.ones(4, 3, dtype=bool), noise[:, 1:], advantages=torch.randn(4, 3))
+    loss = objective(beta=0.1)
+    batch.old_velocities = loss.old_velocities(policy, batch)
+    return {*loss.loss(policy, batch, 1, sampler)[1]}
+
+
 def test_every_metric_of_a_run_is_defined_and_every_definition_is_of_a_metric(run):
     logged = {key for line in (run / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert statistics_of(GRPOGuard) <= logged  # what the run had
+    logged = logged.union(*map(statistics_of, plug_classes(Objective, vgpo.objectives)))
     defined = {name for line in PAGE.partition("# What an evaluation finds")[0].splitlines() if line.startswith("| `")
                for name in re.findall(r"`([^`]+)`", line.split("|")[1])}  # fmt: skip
     assert defined - logged == {"reward/NAME", "raw/NAME"} and not logged - defined
