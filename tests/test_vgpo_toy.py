@@ -4,9 +4,9 @@ from torch.testing import assert_close
 
 from vgpo.advantages import group_relative, value_anchored
 from vgpo.flow import ode_sample, shifted_sigmas
-from vgpo.rollout import rollout
+from vgpo.rollout import clean_at, rollout
 from vgpo.sde import FlowSDE
-from vgpo.toy import GaussianMixture, ToyPolicy, toy_loss, train_toy
+from vgpo.toy import GaussianMixture, ToyPolicy, ks_threshold, sliced_ks, toy_loss, train_toy
 from vgpo.values import discounted_values
 
 MIXTURE = GaussianMixture.ring()
@@ -110,3 +110,28 @@ def test_first_update_is_reinforce_with_the_given_advantages():
 def test_a_reward_outside_its_domain_stops_training(bad, message):
     with pytest.raises(ValueError, match=message):
         trained(vgpo, bad)
+
+
+def test_gains_to_the_end_are_the_final_reward_minus_that_of_the_state_before():
+    "On real trajectories: what TCRM's sum makes of gains is a baseline of the state, so the goal stays the final reward."
+    group = torch.zeros(8, dtype=torch.int64)
+    path = rollout(MIXTURE.velocity, torch.randn(8, 2), shifted_sigmas(10), FlowSDE(0.7), group=group)
+    rewards = torch.stack([reward(x, group) for x in clean_at(path, range(11)).unbind(1)], 1)
+    assert_close(discounted_values(rewards.diff(dim=1), 1), rewards[:, -1:] - rewards[:, :-1])
+
+
+def test_sde_and_ode_agree_until_a_reward_has_trained_the_velocity():
+    "The score is in the velocity only while that is a conditional expectation."
+
+    @torch.no_grad()
+    def distance(model, n=1000):
+        prompt, sigmas, generator = torch.zeros(n, dtype=torch.int64), shifted_sigmas(100), torch.Generator().manual_seed(0)
+        noise = torch.randn(2, n, 2, generator=generator)
+        ode = ode_sample(lambda x, s: model(x, s, prompt), noise[0], sigmas)
+        sde = rollout(lambda x, s: model(x, s, prompt), noise[1], sigmas, FlowSDE(0.7), generator=generator)
+        return sliced_ks(ode, sde.latents[:, -1])
+
+    model = policy()
+    assert distance(model) < ks_threshold(1000)
+    train_toy(model, reward, grpo, epochs=40, lr=5e-3)
+    assert distance(model) > 2 * ks_threshold(1000)
