@@ -42,10 +42,10 @@ def execute(path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "A copy of the notebooks' folder: what they write is not to be kept."
-    return shutil.copytree(
-        FOLDER, tmp_path_factory.mktemp("notebooks") / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
-    )
+    "A copy of the notebooks' folder, beside the results that some read: what they write is not to be kept."
+    root = tmp_path_factory.mktemp("notebooks")
+    shutil.copytree(FOLDER.parent / "benchmarks", root / "benchmarks")
+    return shutil.copytree(FOLDER, root / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
 
 
 @pytest.fixture(scope="module")
