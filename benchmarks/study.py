@@ -50,7 +50,7 @@ from vgpo.sde import FlowSDE
 
 ROOT = Path(__file__).parents[1]
 FOUND, RUNS = ROOT / "benchmarks" / "study", ROOT / "runs" / "study"
-TASKS = ("tiny-geneval", "tiny-ocr", "tiny-pickscore")
+TASKS = ("tiny-geneval", "tiny-ocr")
 EPOCHS, SEEDS = 24, range(5)
 TUNING_EPOCHS, TUNING_SEED, RATES, VALIDATION = 12, 1000, (1e-3, 3e-3), 264
 GUIDANCE, STEPS, HELD_OUT, BY_SDE = (1.0, 2.0, 3.0), 10, 528, 256  # after training: images by the ODE, and by the SDE
