@@ -125,7 +125,11 @@ def test_sde_and_ode_agree_until_a_reward_has_trained_the_velocity():
 
     @torch.no_grad()
     def distance(model, n=1000):
-        prompt, sigmas, generator = torch.zeros(n, dtype=torch.int64), shifted_sigmas(100), torch.Generator().manual_seed(0)
+        prompt, sigmas, generator = (
+            torch.zeros(n, dtype=torch.int64),
+            shifted_sigmas(100),
+            torch.Generator().manual_seed(0),
+        )
         noise = torch.randn(2, n, 2, generator=generator)
         ode = ode_sample(lambda x, s: model(x, s, prompt), noise[0], sigmas)
         sde = rollout(lambda x, s: model(x, s, prompt), noise[1], sigmas, FlowSDE(0.7), generator=generator)
