@@ -72,19 +72,23 @@ RECIPES = {  # between them they have every option of every kind of plug
             "--optim.lr_scheduler=cosine",
         ),
     ],
-    "mask": ["--window.size=2", "--credit=GRPO", "--objective=FlowDPPO", "--objective.max_kl=3e-6"],
+    "mask": [
+        *("--window.size=2", "--credit=GRPO", "--objective=FlowDPPO", "--objective.max_kl=3e-6"),
+        "--optim.lr_scheduler=constant",
+    ],
     "finished images": [
         *("--window.size=2", "--credit=GRPO", "--objective=NFT", "--objective.mix=0.5"),
         "--objective.max_advantage=1",
     ],
     "weighed images": ["--window.size=2", "--credit=GRPO", "--objective=AWM"],
-    "clipped images": ["--window.size=2", "--credit=GRPO", "--objective=VGRPO", "--objective.clip_range=1e-3"],
+    "clipped images": [
+        *("--window.size=2", "--credit=GRPO", "--objective=VGRPO", "--objective.clip_range=1e-3"),
+        "--optim.lr_scheduler=constant",
+    ],
     "one step": ["--window=OneStep", "--window.size=1", "--window.shared_start=true", "--credit=GRPO"],
     "gains": ["--window.size=2", "--credit=Gains", "--credit.advantage_clip=1"],
     "critic": [
-        "--window.size=2",
-        "--credit=ProjectionCritic",
-        "--credit.num_scored_steps=2",
+        *("--window.size=3", "--credit=ProjectionCritic", "--credit.num_scored_steps=2"),
         "--credit.advantage_clip=1",
     ],
 }
