@@ -8,11 +8,14 @@ from tiny_pipelines import tiny_sd3
 from torch.testing import assert_close
 
 from vgpo.losses import RATIO_TOLERANCE
+from vgpo.objectives.awm import VGRPO
+from vgpo.objectives.nft import NFT
 from vgpo.policies.base import load_policy
 from vgpo.policies.loading import ModelConfig, networks
 from vgpo.policies.sd3 import SD3Policy
 from vgpo.rollout import replay, rollout
 from vgpo.sde import FlowSDE
+from vgpo.trainer import MicroBatch
 
 PROMPTS = ["a photo of two red circles", 'a blue sign that says "CAT"']
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -125,6 +128,42 @@ def test_without_the_scale_they_do_not(policies, tiny_folder):
     policy.grad_scale = 1.0
     with_lora(policy)
     assert torch.cosine_similarity(gradient(policy, 2.0**-18), gradient(policies["float32"], 1.0), 0) < 0.5
+
+
+def of_finished_images(policy, objective, step):
+    "Gradient and statistics of one noise level of two images that the policy itself drew, before an update."
+    embeds, sigmas = policy.encode(PROMPTS), policy.sigmas(4)
+    path = rollout(lambda x, sigma: policy.velocity(x, sigma, embeds), NOISE[:, 0], sigmas, FlowSDE(0.0), NOISE[:, 1:])
+    batch = MicroBatch(0, [], embeds, path, torch.ones(2, 4, dtype=bool), NOISE[:, 1:])
+    batch.advantages = torch.tensor([[2.0], [-1.0]]).expand(2, 4)
+    with torch.no_grad():
+        batch.old_velocities = objective.old_velocities(policy, batch)
+    for p in policy.parameters():
+        p.grad = None
+    loss, stats = objective.loss(policy, batch, step, None)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters()]), stats
+
+
+@pytest.mark.parametrize("objective", [NFT(), NFT(guidance_scale=3.0), VGRPO(beta=0.1)], ids=repr)
+def test_finished_images_teach_in_half_precision_what_they_teach_otherwise(policies, objective):
+    "The old velocity is that of the update to the last bit, also where each image has a level of its own."
+    for step in (0, 3, torch.tensor([3, 1])):
+        exact, _ = of_finished_images(policies["float32"], objective, step)
+        for name, cosine in (("float32", 1 - 1e-6), ("float16", 0.999), ("bfloat16", 0.95)):
+            found, stats = of_finished_images(policies[name], objective, step)
+            assert stats["drift"] == 0 and found.dtype == torch.float32
+            assert torch.cosine_similarity(found, exact, 0) > cosine
+            assert abs(found.norm() / exact.norm() - 1) < 0.1
+
+
+def test_checkpointed_gradients_are_those_of_finished_images(policies, tiny_folder):
+    policy = trained(tiny_folder, "float32")
+    policy.network.enable_gradient_checkpointing()
+    expected, _ = of_finished_images(policies["float32"], NFT(), 2)
+    found, stats = of_finished_images(policy, NFT(), 2)
+    assert_close(found, expected)
+    assert stats["drift"] == 0
 
 
 def network_bytes(pipe):
