@@ -86,7 +86,7 @@ RECIPES = {  # between them they have every option of every kind of plug
         "--optim.lr_scheduler=constant",
     ],
     "one step": ["--window=OneStep", "--window.size=1", "--window.shared_start=true", "--credit=GRPO"],
-    "gains": ["--window.size=2", "--credit=Gains", "--credit.advantage_clip=1"],
+    "gains": ["--sampler=DanceSDE", "--window.size=2", "--credit=Gains", "--credit.advantage_clip=1"],
     "critic": [
         *("--window.size=3", "--credit=ProjectionCritic", "--credit.num_scored_steps=2"),
         "--credit.advantage_clip=1",
