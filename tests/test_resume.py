@@ -168,7 +168,8 @@ def others(root, option, kind, value):
     if option in given:
         return given[option]
     if option.endswith(".class_path"):
-        return [plug.__name__ for plug in PLUGS[option.split(".")[0]] if plug.__name__ != value.rpartition(".")[2]]
+        plugs = sorted(PLUGS[option.split(".")[0]], key=lambda plug: (plug.__module__, plug.__name__), reverse=True)
+        return [plug.__name__ for plug in plugs if plug.__name__ != value.rpartition(".")[2]]
     parts = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
         return others(root, option, next(part for part in parts if part is not NoneType), value)
