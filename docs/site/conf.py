@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
@@ -21,6 +22,7 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
+smartquotes = False
 
 autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
@@ -31,7 +33,8 @@ python_use_unqualified_type_names = True
 html_theme = "sphinx_book_theme"
 html_title = "vgpo"
 html_baseurl = build.SETTINGS["doc_host"] + build.SETTINGS["doc_baseurl"] + "/"
-html_static_path, html_css_files = ["style.css"], ["style.css"]
+html_static_path, html_css_files, html_favicon = ["style.css"], ["style.css"], "icon.svg"
+html_context = {"default_mode": "auto"}  # dark where the reader's system is
 html_theme_options = {
     "repository_url": build.SETTINGS["git_url"],
     "repository_branch": build.SETTINGS["branch"],
@@ -61,6 +64,12 @@ def show_docstring(app, what, name, obj, options, lines):
     lines[:] = re.sub(r"(?m)^ +(\w+): ", r":param \1: ", text).split("\n")
 
 
+def drop_signature(app, what, name, obj, options, signature, returned):
+    "Of a dataclass whose fields are all listed below it."
+    if what == "class" and is_dataclass(obj) and {field.name for field in fields(obj)} <= set(obj.__annotations__):
+        return "", None
+
+
 def drop_object(app, domain, kind, content):
     "That a class has no base but object need not be said."
     for paragraph in [p for p in content.children if p.astext() == "Bases: object"]:
@@ -70,4 +79,5 @@ def drop_object(app, domain, kind, content):
 def setup(app):
     app.connect("source-read", show_page)
     app.connect("autodoc-process-docstring", show_docstring)
+    app.connect("autodoc-process-signature", drop_signature)
     app.connect("object-description-transform", drop_object)
