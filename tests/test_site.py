@@ -58,7 +58,9 @@ def test_every_page_is_in_the_sidebar_once():
 
 
 def test_every_notebook_is_in_a_part():
-    assert {path.parent.name for path in build.notebooks()} == {part for parts in build.PARTS.values() for part in parts}
+    assert {path.parent.name for path in build.notebooks()} == {
+        part for parts in build.PARTS.values() for part in parts
+    }
 
 
 @pytest.mark.parametrize("path", build.pages(), ids=lambda path: path.stem)
@@ -131,8 +133,12 @@ def test_links_to_sources_go_to_the_repository():
 
 
 def test_dead_links_are_found(tmp_path):
-    (tmp_path / "a.html").write_text("<h1 id='here'>A</h1><a href='#here'>1</a><a href='b.html#there'>2</a><a href='#no'>3</a>")
-    (tmp_path / "b.html").write_text("<p id='there'><a href='a.html#gone'>4</a><img src='no.png'><a href='https://x.org'>5</a>")
+    (tmp_path / "a.html").write_text(
+        "<h1 id='here'>A</h1><a href='#here'>1</a><a href='b.html#there'>2</a><a href='#no'>3</a>"
+    )
+    (tmp_path / "b.html").write_text(
+        "<p id='there'><a href='a.html#gone'>4</a><img src='no.png'><a href='https://x.org'>5</a>"
+    )
     assert build.dead_links(tmp_path) == ["a.html: #no", "b.html: a.html#gone", "b.html: no.png"]
 
 
@@ -220,6 +226,7 @@ def test_exercises_and_long_cells_open_by_a_click(site):
     for folded, inner in (("details.exercises", "li"), ("details.hide", "pre")):
         visible = f"return document.querySelector('{folded} {inner}').checkVisibility()"
         assert window.run(visible) is False
+        window.run(f"document.querySelector('{folded} > summary').scrollIntoView({{block: 'center'}})")
         window.click(f"{folded} > summary")
         assert window.run(visible) is True
 
@@ -247,7 +254,9 @@ def test_launch_buttons_open_the_notebook_of_the_page(site):
 
 def test_previous_and_next(site):
     window = opened(site, "nbs/credit/12_tcrm.html", DESK)
-    links = window.run("return ['left-prev', 'right-next'].map(c => document.querySelector(`a.${c}`).getAttribute('href'))")
+    links = window.run(
+        "return ['left-prev', 'right-next'].map(c => document.querySelector(`a.${c}`).getAttribute('href'))"
+    )
     assert links == ["11_grpo.html", "13_adae.html"]
 
 
@@ -266,6 +275,8 @@ def test_players_move(site, path):
         window.run(f"{slider}.scrollIntoView()")
         drawn = f"{slider}.closest('.cell_output').outerHTML"
         before = window.run(f"return {drawn}")
-        window.run(f"const s = {slider}; s.value = s.value === s.max ? s.min : s.max; s.dispatchEvent(new Event('input'))")
+        window.run(
+            f"const s = {slider}; s.value = s.value === s.max ? s.min : s.max; s.dispatchEvent(new Event('input'))"
+        )
         assert window.run(f"return {drawn}") != before
     assert window.errors() == []

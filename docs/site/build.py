@@ -151,7 +151,7 @@ def folded_exercises(text):
 
 
 def code_cell(cell):
-    "A code cell as it is shown: without nbdev's lines, folded where it is long or asks for it; None where it is hidden."
+    "A code cell as it is shown: without nbdev's lines, folded where it is long or asks for it; None if hidden."
     lines = cell.source.splitlines()
     flags = [line[2:].strip() for line in lines if line.startswith("#|")]
     cell.source = "\n".join(line for line in lines if not line.startswith("#|")).strip("\n")
@@ -251,7 +251,7 @@ def main():
     name = start().relative_to(ROOT).with_suffix(".html")
     (SITE / "index.html").write_text(f'<!doctype html><meta http-equiv="refresh" content="0; url={name}">\n')
     dead = dead_links(SITE)
-    print(*dead, f"{len(pages())} pages of the repository are in {SITE / 'index.html'}; {len(dead)} dead links", sep="\n")
+    print(*dead, f"{len(pages())} pages of the repository in {SITE / 'index.html'}, {len(dead)} dead links", sep="\n")
     return int(bool(dead))
 
 
