@@ -245,6 +245,7 @@ def main():
     from sphinx.cmd.build import main as sphinx  # here, so that the tests of the functions above need no Sphinx
 
     write_sources()
+    shutil.rmtree(SITE, ignore_errors=True)  # or pages that are no more would stay
     options = ["-W", "--keep-going", "-q", "-c", str(Path(__file__).parent), "-d", str(ROOT / "build/site-doctrees")]
     if code := sphinx([*options, *sys.argv[1:], str(SOURCES), str(SITE)]):
         return code

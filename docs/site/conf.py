@@ -28,6 +28,7 @@ autodoc_default_options = {"members": True, "undoc-members": True, "show-inherit
 autodoc_preserve_defaults = True
 
 toc_object_entries_show_parents = "hide"
+add_module_names = False  # a page is of one module
 python_use_unqualified_type_names = True
 
 html_theme = "sphinx_book_theme"
