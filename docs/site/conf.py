@@ -35,6 +35,7 @@ html_theme = "sphinx_book_theme"
 html_title = "vgpo"
 html_baseurl = build.SETTINGS["doc_host"] + build.SETTINGS["doc_baseurl"] + "/"
 html_static_path, html_css_files, html_favicon = ["style.css"], ["style.css"], "icon.svg"
+html_use_index = html_domain_indices = False  # the search finds names
 html_context = {"default_mode": "auto"}  # dark where the reader's system is
 html_theme_options = {
     "repository_url": build.SETTINGS["git_url"],
