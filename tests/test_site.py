@@ -151,6 +151,7 @@ PAGES = [
     "nbs/method/01_flow.html",
     "nbs/credit/12_tcrm.html",
     "nbs/training/43_trainer.html",
+    "nbs/rewards/56_coco.html",
     "nbs/practice/92_train_sd35.html",
     "docs/performance.html",
     "docs/rewards.html",
