@@ -24,7 +24,8 @@ class Browser:
     def __init__(self, driver, profile):
         self.url = driver
         options = {"binary": CHROMIUM, "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
-        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+        logs = {"browser": "ALL"}
+        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": logs}}}
         self.url = f"{driver}/session/{self.send('session', **wanted)['sessionId']}"
 
     def send(self, path, **body):
@@ -55,6 +56,15 @@ class Browser:
     def click(self, selector):
         element = self.send("element", using="css selector", value=selector)
         self.send(f"element/{next(iter(element.values()))}/click")
+
+    def resize(self, width, height=800):
+        "Give the page so many CSS pixels, as a phone has them."
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.send("goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=size)
+
+    def said(self):
+        "What the console has said since the last call: errors, and what a policy has blocked."
+        return [entry["message"] for entry in self.send("se/log", type="browser")]
 
     def screenshot(self):
         "The page as a PNG."

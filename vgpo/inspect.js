@@ -4,7 +4,7 @@ const LETTERS = ["A", "B"], two = runs.length > 1;
 const $ = selector => document.querySelector(selector);
 const esc = text => String(text).replace(/[&<>"']/g, c => `&#${c.charCodeAt(0)};`);
 const fixed = (value, digits = 2) => value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
-const signed = (value, digits = 2) => value === null ? "–" : (value > 0 ? "+" : "") + fixed(value, digits);
+const signed = (value, digits = 2) => value === null ? "–" : +value.toFixed(digits) === 0 ? "0" : (value > 0 ? "+" : "") + fixed(value, digits);
 const short = value => !value ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(1).replace("-", "−") : String(+value.toPrecision(3)).replace("-", "−");
 const mean = values => values.reduce((a, b) => a + b, 0) / values.length;
 const named = i => two ? `<b class="${LETTERS[i]}">${LETTERS[i]}</b> ` : "";
@@ -177,9 +177,14 @@ function strips() {
 }
 
 // --- ratio and clip ---
+const MEANINGS = {
+  "ratio/abs_dev_mean": "mean |ratio − 1|", "clip_ratio": "share of ratios outside the clip range", "masked": "share that is left out",
+  "kl_old": "KL from the policy that drew the images", "drift": "squared change of the velocity", "kl": "KL to the model before training",
+};
 function stepTable(name, rows, steps) {
+  if (rows.flat().every(v => v === 0)) return `<p><b>${esc(name)}</b> <span class="soft">${MEANINGS[name] || ""}: 0 in every step of every update</span></p>`;
   const most = Math.max(...rows.flat().map(Math.abs)) || 1;
-  return `<div class="scroll"><table class="steps"><caption>${esc(name)}</caption><tr><th>step</th>${steps.map(s => `<th>${s}</th>`).join("")}</tr>
+  return `<div class="scroll"><table class="steps"><caption>${esc(name)} <span>${MEANINGS[name] || ""}</span></caption><tr><th>step</th>${steps.map(s => `<th>${s}</th>`).join("")}</tr>
     ${rows.map((row, m) => `<tr><th>update ${m + 1}</th>${row.map(v => `<td style="--t:${(Math.abs(v || 0) / most).toFixed(3)}" title="${v}">${v === null ? "–" : short(v)}</td>`).join("")}</tr>`).join("")}</table></div>`;
 }
 function ratios() {
@@ -187,7 +192,7 @@ function ratios() {
   $("#ratios .stats").innerHTML = `<div class="both">${views().map(({ run, i, epoch }) => {
     const { steps, updates } = epoch.stats, names = first.filter(name => name in updates);
     const width = Object.values(updates)[0][0].length, heads = steps || Array.from({ length: width }, (_, j) => `${j + 1}. of its window`);
-    return `<div>${two ? `<h3>${named(i)}${esc(run.name)}</h3>` : ""}<div class="tables">${(names.length ? names : ["loss"]).map(name => stepTable(name, updates[name], heads)).join("")}</div></div>`;
+    return `<div>${two ? `<h3>${named(i)}${esc(run.name)}</h3>` : ""}<div class="tables">${(names.length ? names : Object.keys(updates).slice(0, 3)).map(name => stepTable(name, updates[name], heads)).join("")}</div></div>`;
   }).join("") || `<p class="soft">Nothing was kept.</p>`}</div>`;
 }
 
@@ -209,7 +214,7 @@ const PER_PAGE = 24;
 const verdict = value => value === null ? "" : value ? "right" : "wrong";
 function results() {
   $("#held .results").innerHTML = `<div class="both">${runs.map((run, i) => `<div>${two ? `<h3>${named(i)}${esc(run.name)}</h3>` : ""}
-    ${run.table.length ? `<div class="scroll"><table><thead><tr><th>held out</th><th>before</th><th>after</th><th>change ± standard error</th></tr></thead><tbody>${run.table.map(row => `<tr><th>${esc(row[0])}</th>${row.slice(1).map(cell => `<td>${esc(cell)}</td>`).join("")}</tr>`).join("")}</tbody></table></div>` : ""}
+    ${run.table.length ? `<div class="scroll"><table><thead><tr><th>held out</th><th>before</th><th>after</th><th>change ± standard error</th></tr></thead><tbody>${run.table.map(row => `<tr><th>${esc(row[0])}</th>${row.slice(1).map(cell => `<td>${esc(cell).replace("-", "−")}</td>`).join("")}</tr>`).join("")}</tbody></table></div>` : ""}
     ${run.figure ? `<img src="${run.figure}" alt="held-out images before and after">` : ""}</div>`).join("")}</div>`;
 }
 function held() {

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..callback import Callback, SkipStep
-from ..distributed import Stop, raise_on_all_ranks
+from ..distributed import Stop, all_gather_object, raise_on_all_ranks
 from ..evaluation.scores import Evaluation
 from ..files import atomic_write
 from ..losses import RATIO_TOLERANCE
@@ -302,7 +302,7 @@ def step_stats(terms: list[tuple]) -> dict:
     """
     width = int(terms[0][0].noisy[0].sum())
     sums, images = {}, {}
-    for i, (batch, step, stats) in enumerate(terms):
+    for i, (batch, _, stats) in enumerate(terms):
         place = batch.minibatch, i % width
         images[place] = images.get(place, 0) + len(batch.rows)
         total = sums.setdefault(place, dict.fromkeys(stats, 0.0))
@@ -331,8 +331,12 @@ def numbers(self: SaveStrips, trainer) -> tuple[dict, dict[int, int]]:
     first = {prompt: i for i, prompt in enumerate(dict.fromkeys([*self.strips, *ids]))}
     size = trainer.config.group_size
     order = sorted(range(len(ids)), key=lambda i: first[ids[i]])[: self.images // size * size]
-    facts = {"group": group[order].tolist(), "rewards": round_digits(rewards[order]), "advantages": round_digits(advantages[order]),
-             "trained": noisy[order].tolist(), "of": len(ids)}
+    rows = {prompt: row for b in batches for prompt, row in zip(b.path.group.tolist(), b.rows)}
+    prompts = {prompt: {key: str(row.get(key, "")) for key in ("prompt", "tag")} for prompt, row in rows.items()}
+    prompts = {prompt: row for part in all_gather_object(trainer.accelerator, prompts) for prompt, row in part.items()}
+    facts = {"group": group[order].tolist(), "prompts": {i: prompts[i] for i in sorted({ids[k] for k in order})},
+             "rewards": round_digits(rewards[order]), "advantages": round_digits(advantages[order]), "trained": noisy[order].tolist(),
+             "of": len(ids)}
     return facts, {i: place for place, i in enumerate(order)}
 
 # %% ../../nbs/runs/78_callbacks.ipynb #k013b
@@ -359,9 +363,8 @@ def after_epoch(self: SaveStrips, trainer):
     if not self.keeping: return
     facts, places = self.numbers(trainer)
     if not trainer.accelerator.is_main_process: return
-    states, prompts = trainer.states, sorted(set(facts["group"]))
+    states = trainer.states
     facts |= {"epoch": trainer.metrics["epoch"], "states": states, "frames": [states[i] for i in self.frame_places(states)],
-              "prompts": {i: {key: str(trainer.rows[i].get(key, "")) for key in ("prompt", "tag")} for i in prompts},
               "stats": step_stats(self.terms), **self.thumbnails(trainer, places)}
     try:
         self.folder.mkdir(exist_ok=True)
@@ -388,6 +391,14 @@ def held_out_facts(evaluation: Evaluation, most: int = 96) -> dict:
     return {"tags": evaluation.tags, "scaled": round_digits(scores.scaled), "shown": shown, "sheet": image_sheet(cells),
             "strict": None if scores.strict is None else scores.strict.int().tolist(),
             "prompts": [evaluation.rows[i]["prompt"] for i in shown]}
+
+
+@patch
+def keep_evaluation(self: SaveStrips, evaluation: Evaluation, name: str):
+    "Keep an Evaluation called `name`, unless nothing is to be kept."
+    if not self.epochs: return
+    self.folder.mkdir(exist_ok=True)
+    atomic_write(self.folder / f"{name}.json", json.dumps(held_out_facts(evaluation)))
 
 # %% ../../nbs/runs/78_callbacks.ipynb #c025
 class Every(Callback):
