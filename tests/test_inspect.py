@@ -418,7 +418,7 @@ def test_pickers_change_what_is_shown(opened, run, page):
     assert seen.run("return document.querySelectorAll('#strips .row').length") == 4
     cells = text(seen, ".row:nth-of-type(2) .heat:first-child i")
     paid = shown["samples"][0]["advantages"]["paid"]
-    assert [float(cell.replace("−", "-")) for cell in cells] == [round(v, 1) + 0.0 for v in paid]
+    assert [float(cell.replace("−", "-")) for cell in cells] == [float(f"{v:.1f}") for v in paid]
     click(seen, "button[data-epoch='0']")
     other = page["epochs"][0]["groups"]
     assert other[0]["prompt"] in text(seen, ".prompt")[0] and "epoch 0" in text(seen, ".group > .soft")[0]

@@ -248,7 +248,7 @@ def image_sheet(cells: list[Image.Image], columns: int = 10) -> dict | None:
     (width, height), rows = cells[0].size, -(-len(cells) // columns)
     sheet, content = Image.new("RGB", (width * columns, height * rows)), io.BytesIO()
     for i, cell in enumerate(cells): sheet.paste(cell, (i % columns * width, i // columns * height))
-    sheet.save(content, "webp", quality=90, use_sharp_yuv=True)  # sharp colours, too
+    sheet.save(content, "webp", quality=90 if width < 48 else 80, use_sharp_yuv=True)  # few pixels show every fault
     url = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
     return {"url": url, "columns": columns, "rows": rows, "width": width, "height": height}
 
