@@ -160,7 +160,7 @@ function strips() {
     const { run, i, epoch, group } = view, has = epoch.estimators.includes(other), steps = group.samples[0].advantages.paid.map((_, j) => j);
     const numbers = `<div class="heat">${steps.map(j => `<i>${j}</i>`).join("")}</div>`;
     const picked = Math.min(state.picked ?? 0, group.samples.length - 1);
-    return `<div class="group" data-run="${i}" style="--frame:${epoch.frames.length > 7 ? 54 : 72}px">
+    return `<div class="group" data-run="${i}" style="--frame:${epoch.frames.length > 7 ? "54px;--cell:26" : 72}px">
       <div class="prompt">${named(i)}“${esc(group.prompt)}” ${group.tag ? `<span class="tag">${esc(group.tag)}</span>` : ""}</div>
       <div class="soft">epoch ${epoch.epoch} · reward of the group ${fixed(group.mean)} ± ${fixed(group.std)}${group.size > group.samples.length ? ` · ${group.samples.length} of its ${group.size} images` : ""}</div>
       <div class="sides"><div class="heads"><div class="strip">${epoch.frames.map(s => `<div class="frame">state ${s}</div>`).join("")}</div>
@@ -262,6 +262,6 @@ document.addEventListener("keydown", event => {
   const strip = event.target.closest(".strip[role=button]");
   if (strip && (event.key === "Enter" || event.key === " ")) { event.preventDefault(); strip.click(); }
 });
-const lead = runs.find(run => run.epochs.length);
-if (lead) state.epoch = lead.epochs[lead.epochs.length - 1].epoch;
+const kept = runs.filter(run => run.epochs.length).map(run => run.epochs.map(e => e.epoch));
+if (kept.length) state.epoch = kept[0].filter(e => kept.every(list => list.includes(e))).at(-1) ?? kept[0].at(-1);
 head(); curves(); epochViews(); results(); held();
