@@ -21,7 +21,7 @@ from PIL import Image
 import vgpo.train as program
 from vgpo.callback import Callback
 from vgpo.evaluation.scores import Evaluation
-from vgpo.inspect import main, make_page, run_data, write_page
+from vgpo.inspect import inspect_page, main, run_data, write_page
 from vgpo.rewards.base import Scores
 from vgpo.runs.callbacks import SIDE, SaveStrips, held_out_facts, image_sheet, thumbnail
 from vgpo.runs.checkpoint import trainer_state
@@ -246,7 +246,7 @@ def test_runs_of_every_kind_have_a_page(root, more):
         )
     if "--credit=Gains" in more:
         assert "VGPO" in epoch["estimators"] and epoch["states"] == [0, 1, 2, 3, 4, 5]
-    make_page(page)
+    inspect_page(page)
 
 
 def test_two_processes_keep_all_numbers(root):
@@ -335,7 +335,7 @@ def test_held_out_images_are_as_many_of_each_task():
 
 
 def test_the_page_is_one_file_that_asks_nobody(run, page):
-    text = make_page(page)
+    text = inspect_page(page)
     assert not re.findall(
         r"https?:|src=\"(?!\$|data:)|@import|//[a-z]+\.", re.sub(r"data:image/\w+;base64,[\w+/=]+", "", text)
     )

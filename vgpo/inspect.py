@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'CHANGES', 'comparable', 'estimator_name', 'also_paid', 'samples', 'groups', 'epoch_data', 'outcome',
-           'held_out_data', 'read_kept', 'held_out', 'curves', 'read_log', 'result_rows', 'head', 'notes', 'run_data',
-           'make_page', 'write_page', 'main']
+           'held_out_data', 'read_kept', 'held_out_images', 'curves', 'read_log', 'result_rows', 'head', 'notes',
+           'run_data', 'inspect_page', 'write_page', 'main']
 
 # %% ../nbs/practice/93_inspect.ipynb #i003
 import base64
@@ -146,7 +146,7 @@ def read_kept(path: Path) -> dict | None:
     except ValueError as e: raise ValueError(f"{path} is damaged ({e}); delete it, the page is made without it") from e
 
 
-def held_out(run: Path) -> dict | None:
+def held_out_images(run: Path) -> dict | None:
     "What the page shows of a run's held-out images; None where none were kept."
     before, after = (read_kept(run / "inspect" / f"{name}.json") for name in ("before", "after"))
     if before is None and (run / "before" / "evaluation.json").is_file(): before = held_out_facts(load_evaluation(run / "before"))
@@ -218,7 +218,7 @@ def run_data(folder: str | Path) -> dict:
     run = run_folder(folder)
     if run is None: raise FileNotFoundError(f"{folder} is not a run: it has no config.yaml")
     config, rows, results = parse_config(["--recipe", str(run / "config.yaml")]), read_log(run), read_kept(run / "results.json")
-    logged, held = {row["epoch"] for row in rows}, held_out(run)
+    logged, held = {row["epoch"] for row in rows}, held_out_images(run)
     facts = [read_kept(path) for path in sorted((run / "inspect").glob("epoch-*.json"))]
     epochs = [epoch_data(found, config) for found in facts if found["epoch"] in logged]
     sheet = run / "before_after.png"
@@ -230,7 +230,7 @@ def run_data(folder: str | Path) -> dict:
         "paid": type(config.credit).__name__, "gamma": f"{VGPO.gamma} as VGPO has it" if own is None else f"{own:g}"}
 
 
-def make_page(*runs: dict) -> str:
+def inspect_page(*runs: dict) -> str:
     "The page of one or two runs, from their `run_data`, as HTML."
     def part(name): return (files("vgpo") / f"inspect.{name}").read_text(encoding="utf-8")
     data = json.dumps({"runs": runs}, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -244,7 +244,7 @@ def write_page(run: str, other: str | None = None, output: str | None = None) ->
     name = f"inspect-{data[1]['name']}.html" if other else "inspect.html"
     path = Path(output) if output else run_folder(run) / name
     if path.is_dir(): raise ValueError(f"{path} is a folder; --output is the page's file, such as page.html")
-    atomic_write(path, make_page(*data))
+    atomic_write(path, inspect_page(*data))
     return path
 
 
