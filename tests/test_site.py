@@ -200,7 +200,7 @@ def test_a_page_is_shown_whole(site, page, size):
     assert window.run("return document.querySelectorAll('mjx-merror').length") == 0
     assert window.run("return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)") == []
     assert window.run("return document.documentElement.scrollWidth") <= size[0]
-    assert window.errors() == []
+    assert window.said("SEVERE") == []
 
 
 def test_nothing_is_fetched_from_elsewhere(site):
@@ -219,7 +219,7 @@ def test_search_finds_temporal_weight(site):
     window = opened(site, "search.html?q=temporal+weight", DESK)
     for page in ("nbs/credit/12_tcrm.html", "api/vgpo.values.html#vgpo.values.temporal_weights"):
         window.wait(f"document.querySelector('#search-results li a[href*=\"{page}\"]')")
-    assert window.errors() == []
+    assert window.said("SEVERE") == []
 
 
 def test_exercises_and_long_cells_open_by_a_click(site):
@@ -280,4 +280,4 @@ def test_players_move(site, path):
             f"const s = {slider}; s.value = s.value === s.max ? s.min : s.max; s.dispatchEvent(new Event('input'))"
         )
         assert window.run(f"return {drawn}") != before
-    assert window.errors() == []
+    assert window.said("SEVERE") == []

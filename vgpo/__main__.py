@@ -13,6 +13,7 @@ PROGRAMS = {  # name -> (module with its main, what it does)
     "train": ("vgpo.train", "train a model, or resume a run"),
     "evaluate": ("vgpo.evaluate", "draw held-out prompts and score the images, or compare two evaluations"),
     "generate": ("vgpo.generate", "draw images of prompts with a run's model"),
+    "inspect": ("vgpo.inspect", "write a page that shows the inside of a run, or of two side by side"),
     "plan": ("vgpo.plan", "say what a recipe needs: memory, work, time"),
     "bench": ("vgpo.bench", "time GRPO and VGPO side by side"),
     "serve": ("vgpo.serve", "serve a reward over HTTP"),

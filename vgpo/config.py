@@ -55,6 +55,8 @@ class RunConfig:
     """folder of this run within output_dir; a number is appended where it is taken"""
     log_images_every: PositiveInt = 10
     """epochs between grids of sample images"""
+    inspect_epochs: NonNegativeInt = 8
+    """epochs, evenly spread, of which the run keeps what `vgpo inspect` shows: thumbnails and numbers; 0 is none"""
     save_every: PositiveInt = 10
     """epochs between checkpoints"""
     save_total_limit: PositiveInt = 2
@@ -66,7 +68,7 @@ class RunConfig:
     tracker_project: str = "vgpo"
     """project, or experiment, that a tracker puts the run into"""
 
-    harmless = frozenset({"log_images_every", "save_every", "save_total_limit", "output_dir", "name",
+    harmless = frozenset({"log_images_every", "inspect_epochs", "save_every", "save_total_limit", "output_dir", "name",
                           "tracker", "tracker_options", "tracker_project"})
 
 # %% ../nbs/runs/79_config.ipynb #c005s1

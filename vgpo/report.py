@@ -61,6 +61,10 @@ steps at guidance {guidance}. ± is one standard error of the paired difference.
 
 ![Curves: thin, each epoch; thick, the mean of ten](curves.png)
 
+Look inside the run, step by step, on one page, [inspect.html](inspect.html), which this writes:
+
+    python -m vgpo.inspect {folder}
+
 {weights}
 Draw with it:
 

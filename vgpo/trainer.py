@@ -154,6 +154,7 @@ def sample(self: Trainer) -> list[MicroBatch]:
             self.on("before_micro_batch")
             with self.phase("rollout"): batches.append(batch := self.rollout(minibatch, pairs))
             with self.phase("decode"): images = self.decode(batch)
+            self.on("after_decode", batch, images)
             scored.append(pool.submit(self.score, batch, images))
             if not self.config.async_scoring:
                 with self.phase("score"): wait(scored)
@@ -189,7 +190,9 @@ def backward(self: Trainer, batch: MicroBatch, step, share: float, last: bool) -
     with nullcontext() if last else self.accelerator.no_sync(self.policy.network):
         loss, stats = self.objective.loss(self.policy, batch, step, self.sampler)
         self.accelerator.backward(loss * share)
-    return {key: value.detach() * share for key, value in (stats | {"loss": loss}).items()}
+    stats = {key: value.detach() for key, value in (stats | {"loss": loss}).items()}
+    self.on("after_backward", batch, step, stats)
+    return {key: value * share for key, value in stats.items()}
 
 # %% ../nbs/training/43_trainer.ipynb #c035
 @patch

@@ -26,7 +26,7 @@ from ..policies.loading import model_digests
 from ..prompts.files import check_rows, load_prompts
 from ..report import write_report
 from ..rewards.base import Reward, RewardError, make_reward
-from .callbacks import Clock, Every, Log, RatioCheck, SaveImages, SkipNonFinite, StopWhenAsked
+from .callbacks import Clock, Every, Log, RatioCheck, SaveImages, SaveStrips, SkipNonFinite, StopWhenAsked
 from .checkpoint import load_trainer, read_checkpoint, replace_folder, save_checkpoint, trainer_state
 from .resume import change_lines, check_model, check_prompts, prompts_digest, recipe_changes
 from ..trainer import Trainer
@@ -85,7 +85,8 @@ class Session:
         self.parts = broadcast(accelerator, lambda: model_digests(config.model))  # of the model, each with its digest
         if self.main: self.trainer.policy.note_cut([*rows, *self.test])
         self.stopping.attach(self.log.rows, config.objective)
-        self.trainer.callbacks += [self.log, SaveImages(self.folder / "samples", config.log_images_every), self.stopping,
+        self.strips = SaveStrips(self.folder / "inspect", config.inspect_epochs)
+        self.trainer.callbacks += [self.log, SaveImages(self.folder / "samples", config.log_images_every), self.strips, self.stopping,
                                    Every(config.save_every, after=lambda: self.save())]
 
 # %% ../../nbs/runs/80_session.ipynb #c010
@@ -110,6 +111,7 @@ def evaluate_before(self: Session) -> Evaluation:
         if self.main:
             shutil.rmtree(kept, ignore_errors=True)
             result.save(kept, shown=evenly_spaced(result.tags, 24))
+            self.strips.keep_evaluation(result, "before")
             atomic_write(kept / "settings.json", json.dumps(settings))
     return result
 
@@ -230,6 +232,7 @@ def report(self: Session, after: Evaluation):
     warnings = self.stopping.warnings([*self.log.rows, final])
     if self.trainer.stopped:
         warnings.insert(0, f"the run ended after {self.trainer.epoch} of {self.trainer.epochs} epochs: {self.trainer.stopped}")
+    self.strips.keep_evaluation(after, "after")
     write_report(self.folder, self.config, self.before, after, self.log.rows, self.clock.trained_s, warnings)
 
 # %% ../../nbs/runs/80_session.ipynb #c021
