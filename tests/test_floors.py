@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PARTS = "method credit world training rewards evaluation models runs practice lab".split()  # in their order
-NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"), key=lambda path: path.name)
+START = ROOT / "nbs" / "00_start.ipynb"  # the first page lies before all parts and shows what all of them make
+NOTEBOOKS = sorted({*(ROOT / "nbs").rglob("[0-9]*.ipynb")} - {START}, key=lambda path: path.name)
 IDS = [path.stem for path in NOTEBOOKS]
 METHOD_LINES, LINES, TRAINER_LINES = 150, 300, 250  # of code in a module, without docstrings, comments, empty lines
 CELL_LINES = 25  # of code in an exported cell
@@ -112,6 +113,10 @@ def test_notebooks_have_numbers_of_their_own_and_rise_from_part_to_part():
     for lower, upper in zip(PARTS, PARTS[1:], strict=False):
         numbers = [[number(path) for path in NOTEBOOKS if path.parent.name == part] for part in (lower, upper)]
         assert max(numbers[0]) < min(numbers[1]), f"{lower} before {upper}"
+
+
+def test_the_first_page_writes_no_module():
+    assert not [flag for source in code(START) for flag in flags(source) if re.match("default_exp|export", flag)]
 
 
 def test_every_module_has_its_notebook():

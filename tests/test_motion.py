@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from io import BytesIO
 
 import matplotlib.pyplot as plt
@@ -46,11 +47,18 @@ def test_labels_keep_off_the_frames_and_are_cut_to_their_width():
 
 
 def test_a_large_sheet_is_refused():
-    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
-    others = [np.roll(noise, i * 37, (0, 1)) for i in range(4)]
-    with pytest.raises(ValueError, match="kB, more than 200: show fewer or smaller"):
-        player(others)
-    assert len(packed(as_image(noise), max_kb=1000)) > 80_000
+    frames = np.random.default_rng(0).integers(0, 256, (4, 100, 100, 3), np.uint8)
+    size = len(player(frames).png) / 1000
+    assert 20 < size < 200
+    with pytest.raises(ValueError, match=f"take {size:.0f} kB, more than 20: show fewer or smaller"):
+        player(frames, max_kb=20)
+
+
+def test_a_palette_leaves_colours_what_they_are():
+    ramp = np.linspace(0, 255, 120).astype(np.uint8)
+    smooth = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], ramp[::-1, None]), -1)  # 14,400 colours
+    found = np.asarray(Image.open(BytesIO(packed(as_image(smooth)))).convert("RGB")).astype(int)
+    assert np.abs(found - smooth).max() <= 24
 
 
 def test_figures_are_closed_and_arguments_checked():
@@ -210,6 +218,19 @@ def test_without_scripts_the_sheet_is_there(show):
     shot = Image.open(BytesIO(window.screenshot())).convert("RGB")
     shown = {colour for _, colour in shot.getcolors(10**6)}
     assert all(any(max(abs(a - b) for a, b in zip(c, colour, strict=True)) < 8 for c in shown) for colour in COLOURS)
+
+
+def test_a_player_that_lost_its_data_stops_no_other(window, tmp_path):
+    "As an untrusted notebook beside a trusted one."
+    made = player(FRAMES, autoplay=False)
+    lost = made.html().partition("<script>")[0]
+    path = tmp_path / "lost.html"
+    path.write_text(
+        '<meta charset="utf-8">' + re.sub(r' data-[a-z]+="[^"]*"', "", lost) + made.html(), encoding="utf-8"
+    )
+    window.open(path.as_uri())
+    found = "return [...document.querySelectorAll('.vgpo-player')].map(root => root.dataset.frame ?? null)"
+    assert window.run(found) == [None, "0"]
 
 
 def test_it_shrinks_with_the_page(show):

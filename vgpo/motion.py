@@ -68,7 +68,7 @@ def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str]) -> tuple
 # %% ../nbs/evaluation/66_motion.ipynb #m012
 def packed(sheet: Image.Image, max_kb: float = 200) -> bytes:
     "The PNG of a sheet, with a palette of at most 256 colours; ValueError if it is larger than `max_kb` kilobytes."
-    if sheet.getcolors(256) is None: sheet = sheet.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    if sheet.getcolors(256) is None: sheet = sheet.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     else: sheet = sheet.convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
     sheet.save(buffer := BytesIO(), format="PNG", optimize=True)
     size = len(buffer.getvalue()) / 1000
@@ -96,7 +96,7 @@ WINDOW = """
     sheet.style.top = -100 * (Math.floor(i / columns) * (height + band) + band) / height + '%';
   };
 """
-EACH = "for (const root of document.querySelectorAll('.vgpo-player:not([data-frame])')) {%s}"
+EACH = "for (const root of document.querySelectorAll('.vgpo-player[data-labels]:not([data-frame])')) {%s}"
 
 # %% ../nbs/evaluation/66_motion.ipynb #m019
 CONTROLS = """
@@ -104,6 +104,7 @@ CONTROLS = """
   const button = make('button', 'width:36px;height:28px;padding:0;cursor:pointer', bar, {type: 'button'});
   const range = make('input', 'flex:1;min-width:60px', bar, {type: 'range', min: 0, max: labels.length - 1, ariaLabel: d.name});
   const label = make('output', 'min-width:8em;text-align:right', bar);
+  for (const element of [button, range]) element.dataset.lmSuppressShortcuts = true;
   const go = i => { show(i); range.value = i; label.textContent = labels[i]; range.setAttribute('aria-valuetext', labels[i]); };
 """
 
@@ -155,7 +156,7 @@ class Player:
                 "start": self.start, "autoplay": "yes" if self.autoplay else ""}
         attributes = " ".join(f'data-{key}="{html.escape(str(value))}"' for key, value in data.items())
         source = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
-        return (f'<div class="vgpo-player" data-lm-suppress-shortcuts="true" {attributes}>'
+        return (f'<div class="vgpo-player" {attributes}>'
                 f'<img src="{source}" alt="{html.escape(f"{self!r}, row by row")}" style="max-width:100%">'
                 f"</div>\n<script>{SCRIPT}</script>")
 
