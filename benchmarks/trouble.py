@@ -3,9 +3,9 @@
     python benchmarks/trouble.py                     # what is not in benchmarks/trouble.jsonl yet, then all tables
     python benchmarks/trouble.py --only "KL too strong"
 
-A run is small: recipe tiny-geneval with 64 images per epoch, twelve epochs, one seed, about a minute of one core. Held-out
-rewards are those of 132 images, before and after, so that a change has a standard error of about 0.03: the tables show
-what a symptom looks like, and do not compare methods.
+A run is small: recipe tiny-geneval with 64 images per epoch, twelve epochs, one seed, about a minute of one core.
+Held-out rewards are those of 132 images, before and after, so that a change has a standard error of about 0.03: the
+tables show what a symptom looks like, and do not compare methods.
 """
 
 import json
