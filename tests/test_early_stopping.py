@@ -11,7 +11,7 @@ import torch
 from vgpo.evaluation.scores import Evaluation
 from vgpo.objectives.clipped import ClippedSurrogate
 from vgpo.rewards.base import Scores
-from vgpo.runs.early_stopping import EarlyStopping, patience_reason, reason_to_stop, spread_warning
+from vgpo.runs.early_stopping import EarlyStopping, flat_warning, patience_reason, reason_to_stop, spread_warning
 
 NAN = float("nan")
 
@@ -208,3 +208,15 @@ def test_it_looks_before_training_and_after_every_epoch():
     rows += evaluations([0.5, 0.5, 0.5])
     stopping.before_fit(trainer)
     assert "early_stopping.patience 2" in trainer.stopped
+
+
+def test_steps_whose_rewards_are_alike_are_named_and_a_single_score_is_not():
+    def rows(*rewards):
+        return [{"epoch": epoch, "reward_by_step": list(rewards)} for epoch in range(7)]
+
+    assert "in epochs 2 to 6 the mean rewards of all scored steps lie within 0.010" in flat_warning(
+        rows(0.5, 0.505, 0.51)
+    )
+    assert flat_warning(rows(0.5, 0.505, 0.52)) is None  # as far as the limit
+    assert flat_warning(rows(0.5, 0.5, 0.5)) is None  # what GRPO logs
+    assert flat_warning(rows(0.5, 0.51)[:4]) is None and flat_warning([{"epoch": 0}]) is None

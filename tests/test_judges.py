@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.special import expit, softmax
 from torch.testing import assert_close
 
-from vgpo.rewards.base import RewardError, make_reward, options_of, reward_classes, score
+from vgpo.rewards.base import Combined, RewardError, make_reward, options_of, reward_classes, score
 from vgpo.rewards.judges import (
     DeQA,
     PYes,
@@ -28,6 +28,7 @@ from vgpo.rewards.judges import (
     word_probabilities,
 )
 from vgpo.rewards.remote import CallError
+from vgpo.runs.session import seams_note
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
 PROMPTS = ["a red cube", 'a sign that says "{OPEN}"', "ein Würfel"]
@@ -325,3 +326,10 @@ def test_judges_are_known_by_the_names_of_their_classes(name):
 
 def test_there_are_four_judges():
     assert {"UnifiedReward", "VLMScore", "PYes", "DeQA"} <= set(JUDGES)
+
+
+@pytest.mark.parametrize("make", [lambda judge: judge, lambda judge: Combined({"judge": judge}, {"judge": 1.0})])
+def test_a_judge_of_full_size_images_that_are_decoded_in_tiles_is_named(make):
+    assert "may learn to like or dislike the seams" in seams_note(True, make(UnifiedReward(model="m")))
+    assert seams_note(True, make(UnifiedReward(model="m", resolution=256))) is None
+    assert seams_note(False, make(UnifiedReward(model="m"))) is None

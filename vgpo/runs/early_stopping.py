@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['with_keys', 'reward_hacking', 'validation_warning', 'kl_reason', 'best_and_since', 'patience_reason',
-           'decline_warning', 'spread_warning', 'reason_to_stop', 'EarlyStopping']
+           'decline_warning', 'spread_warning', 'flat_warning', 'reason_to_stop', 'EarlyStopping']
 
 # %% ../../nbs/runs/77_early_stopping.ipynb #c003
 import math
@@ -92,6 +92,15 @@ def spread_warning(rows: list[dict], limit: float = 0.5, epochs: int = 5) -> str
             "the groups; GRPO learns nothing from these, and VGPO what its anchor says: take harder prompts, larger "
             "groups, or a reward with finer steps")
 
+# %% ../../nbs/runs/77_early_stopping.ipynb #flat2
+def flat_warning(rows: list[dict], limit: float = 0.02, epochs: int = 5) -> str | None:
+    "A sentence if several steps are scored and the mean `reward_by_step` of the last epochs differs by less than the limit, else None."
+    last = [row for row in rows if row.get("reward_by_step")][-epochs:]
+    means = [fmean(column) for column in zip(*(row["reward_by_step"] for row in last))]
+    if len(last) < epochs or not 0 < (spread := max(means) - min(means)) < limit: return None
+    return (f"no difference between steps: in epochs {last[0]['epoch']} to {last[-1]['epoch']} the mean rewards of all scored steps lie "
+            f"within {spread:.3f}; look with vgpo inspect whether they tell good estimates from bad ones; if not, score fewer steps")
+
 # %% ../../nbs/runs/77_early_stopping.ipynb #c042
 def reason_to_stop(rows: list[dict], target_kl: float = 0.0, patience: int = 0) -> str | None:
     "Why a run should end whose metrics so far are `rows`, dicts as in metrics.jsonl: a sentence, or None to go on."
@@ -126,4 +135,4 @@ class EarlyStopping(Callback):
 def warnings(self: EarlyStopping, rows: list[dict]) -> list[str]:
     "What a report has to warn of, as sentences with their evidence."
     second = validation_warning(rows, self.validation_drop) if self.validation_reward else None  # not if it was dropped
-    return [text for text in (second, spread_warning(rows), decline_warning(rows)) if text]
+    return [text for text in (second, spread_warning(rows), flat_warning(rows), decline_warning(rows)) if text]
