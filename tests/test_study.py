@@ -39,7 +39,7 @@ def test_every_run_has_a_name_of_its_own_and_options_that_exist(study):
 
 
 def test_one_step_is_one_step_whatever_the_recipes_window_says(study):
-    for task in ("tiny-geneval", "tiny-ocr"):
+    for task in study.TASKS:
         config = parse_config([f"--recipe={task}", *study.COMMON, *study.METHODS["one step"]])
         assert config.window == OneStep() and config.objective.step_weights == "noise"
         assert config.credit == GRPO(scale_rewards="batch")
@@ -81,7 +81,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("task", ["tiny-geneval", "tiny-ocr"])
+@pytest.mark.parametrize("task", ["tiny-geneval", "tiny-ocr", "tiny-pickscore"])
 def test_a_small_run(study, monkeypatch, task):
     for name, value in {
         "HELD_OUT": 16,
