@@ -79,7 +79,9 @@ def test_the_preference_loss_is_bradley_and_terrys_by_hand():
 def test_the_contrastive_loss_by_hand():
     logits = [[2.0, 0.0, 1.0], [0.5, 1.5, 0.0], [0.0, 0.0, 0.0]]
     columns = list(zip(*logits, strict=True))
-    terms = [math.log(sum(map(math.exp, line))) - line[i] for lines in (logits, columns) for i, line in enumerate(lines)]
+    terms = [
+        math.log(sum(map(math.exp, line))) - line[i] for lines in (logits, columns) for i, line in enumerate(lines)
+    ]
     assert contrastive_loss(torch.tensor(logits)).item() == pytest.approx(sum(terms) / 6, abs=1e-6)
 
 
@@ -113,7 +115,9 @@ def test_an_altered_row_differs_in_one_demand_and_not_in_its_prompt():
 
 
 def test_the_shipped_weights_are_loaded_and_named(judge):
-    assert judge.version.startswith(f"tiny_pickscore sha256 {weights_digest(TINY_PICKSCORE)}, processor tiny_pickscore, ")
+    assert judge.version.startswith(
+        f"tiny_pickscore sha256 {weights_digest(TINY_PICKSCORE)}, processor tiny_pickscore, "
+    )
     size = sum(file.stat().st_size for file in TINY_PICKSCORE.iterdir())
     assert size < 1.5e6 and not list(TINY_PICKSCORE.glob("*.bin"))
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in TINY_PICKSCORE.iterdir())
@@ -143,7 +147,7 @@ def test_the_judge_prefers_the_right_scene_to_another_prompts(judge):
     worse = gold_per_image(wrong, rows)["match"] < 0.5
     assert worse.sum() > 300
     ranked = (judge.raw(right, prompts) > judge.raw(wrong, prompts)).numpy()[worse]
-    assert ranked.mean() > RATE
+    assert ranked.mean() > 0.9
 
 
 def test_its_scores_are_within_the_unit_and_foretell_choices(judge):
@@ -152,7 +156,7 @@ def test_its_scores_are_within_the_unit_and_foretell_choices(judge):
     prompts = [row["prompt"] for row in rows for _ in KINDS]
     scores = judge.raw(images.reshape(-1, 32, 32, 3), prompts).view(len(rows), -1)
     assert ((scores > 0) & (scores < 26)).double().mean() > 0.98
-    assert pair_accuracy(scores.double(), torch.from_numpy(values)) > ACCURACY
+    assert pair_accuracy(scores.double(), torch.from_numpy(values)) > 0.7
 
 
 # --- around ---
@@ -161,7 +165,9 @@ def test_its_scores_are_within_the_unit_and_foretell_choices(judge):
 def test_a_plan_does_not_take_the_tiny_judge_for_clip_h():
     spec = {"class_path": "PickScore", "init_args": {"weights": "tiny", "device": "cuda"}}
     assert networks_of(spec) == []
-    assert networks_of({"class_path": "PickScore", "init_args": {"device": "cuda"}}) == [("CLIP ViT-H/14", "cuda", "float32")]
+    assert networks_of({"class_path": "PickScore", "init_args": {"device": "cuda"}}) == [
+        ("CLIP ViT-H/14", "cuda", "float32")
+    ]
 
 
 def test_the_recipe_takes_it():
@@ -171,12 +177,14 @@ def test_the_recipe_takes_it():
 
 
 def test_the_same_seed_makes_the_same_weights(tmp_path, monkeypatch):
-    "The program that made the shipped weights, for two steps and three prompts of each task."
+    "The program that made the shipped weights, for two steps and one prompt of each task."
     train, test = split_scenes()
-    few = {tag: rows[:2] for tag, rows in train.items()}
+    few = {tag: rows[:1] for tag, rows in train.items()}
     monkeypatch.setattr("vgpo.world.preference.split_scenes", lambda: (few, test))
     for name in ("a", "b"):
         make_judge(tmp_path / name, steps=2)
     assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")
     assert {file.name for file in (tmp_path / "a").iterdir()} == {file.name for file in TINY_PICKSCORE.iterdir()}
-    assert PickScore(tmp_path / "a", tmp_path / "a").raw(renderings(test["colors"][:1]), ["a photo of a cross"]).isfinite()
+    assert (
+        PickScore(tmp_path / "a", tmp_path / "a").raw(renderings(test["colors"][:1]), ["a photo of a cross"]).isfinite()
+    )
