@@ -131,17 +131,21 @@ def test_the_kernel_distance_is_0_for_one_distribution_and_that_of_two_means_for
 
 
 def test_the_kernel_distance_is_the_unbiased_sum_over_pairs():
-    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    x, y = torch.randn(2, 6, 3, dtype=torch.float64)
 
     def kernel(a, b):
         return (float(a @ b) / 3 + 1) ** 3
 
-    inside = sum(kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j) / 20
-    inside += sum(kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / 42
-    between = sum(kernel(a, b) for a in x for b in y) / 35
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+    by_hand = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) - 2 * kernel(x[i], y[j]) for i, j in pairs) / 30
     distance, stderr = kernel_distance(x, y, blocks=1)
-    assert distance == pytest.approx(inside - 2 * between) and math.isnan(stderr)
+    assert distance == pytest.approx(by_hand) and math.isnan(stderr)
     assert math.isnan(kernel_distance(x[:1], y[:1], blocks=1)[0])
+    halves = [kernel_distance(x[part], y[part], blocks=1)[0] for part in (slice(0, 3), slice(3, 6))]
+    found = kernel_distance(x, y, blocks=2)
+    assert found == pytest.approx((np.mean(halves), np.std(halves, ddof=1) / math.sqrt(2)))
+    with pytest.raises(ValueError, match="sets of 6 and 5 features"):
+        kernel_distance(x, y[:5])
 
 
 def test_the_kernel_distance_sees_a_blur_and_not_which_image_belongs_to_which_prompt():
@@ -153,5 +157,5 @@ def test_the_kernel_distance_sees_a_blur_and_not_which_image_belongs_to_which_pr
     blurred = gaussian_filter(second.astype(float), (0, 1.5, 1.5, 0)).round().astype(np.uint8)
     worse, _ = kernel_distance(image_features(blurred), reference, blocks=4)
     assert worse > distance + 4 * stderr
-    exchanged, stderr = kernel_distance(image_features(second[::-1]), reference, blocks=4)
+    exchanged, stderr = kernel_distance(image_features(np.roll(second, 24, 0)), reference, blocks=4)
     assert abs(exchanged) < 4 * stderr

@@ -115,19 +115,20 @@ def diversity(images: np.ndarray, prompts: list[str]) -> float:
 
 # %% ../../nbs/evaluation/68_gold.ipynb #k001
 def kernel_distance(features: torch.Tensor, reference: torch.Tensor, blocks: int = 8) -> tuple[float, float]:
-    """Squared kernel distance of two sets of features (N, ...) and (M, ...), and its standard error: Eq. (4), lower is nearer.
+    """Squared kernel distance of two sets of features (N, ...), and its standard error: Eq. (4), lower is nearer.
 
-    The unbiased estimate of arXiv:1801.01401 with the kernel (x . y / D + 1)^3, as a mean over `blocks` parts of the sets;
-    about 0 for sets from one distribution, nan with fewer than two of a set in a block. Entries should be about 1 in size.
+    The unbiased estimate with the kernel (x . y / D + 1)^3 of the kernel inception distance (arXiv:1801.01401), without products
+    of two in the same place, which may share a prompt; a mean over `blocks` parts of the sets. About 0 for sets from one
+    distribution, nan with fewer than two images per block. Entries should be about 1 in size. ValueError for unequal sets.
     """
+    if len(features) != len(reference): raise ValueError(f"sets of {len(features)} and {len(reference)} features: give two of one size")
+    def kernel(a, b): return (a @ b.T / a.shape[1] + 1) ** 3
     found = []
     for x, y in zip(*(part.flatten(1).double().tensor_split(blocks) for part in (features, reference))):
-        both, n, m = torch.cat([x, y]), len(x), len(y)
-        kernel = ((both @ both.T / both.shape[1] + 1) ** 3).fill_diagonal_(0)
-        inside = kernel[:n, :n].sum() / (n * (n - 1)) + kernel[n:, n:].sum() / (m * (m - 1))
-        found.append(inside - 2 * kernel[:n, n:].mean())
+        terms = kernel(x, x) + kernel(y, y) - kernel(x, y) - kernel(y, x)
+        found.append((terms.sum() - terms.trace()) / (len(x) * (len(x) - 1)))
     found = torch.stack(found)
-    return found.mean().item(), found.std().item() / blocks**0.5
+    return found.mean().item(), (found.var(correction=0) / (blocks - 1)).sqrt().item()
 
 
 @lru_cache(1)
