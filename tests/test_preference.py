@@ -13,16 +13,16 @@ from vgpo.rewards.base import make_reward, networks_of, score
 from vgpo.rewards.clip import TINY_PICKSCORE, PickScore
 from vgpo.rewards.weights import weights_digest
 from vgpo.world.preference import (
-    KINDS,
+    IMAGE_KINDS,
     TEMPERATURE,
     altered,
+    clip_pixels,
     comparison_images,
     contrastive_loss,
     make_judge,
     pair_accuracy,
     preference_loss,
     preferences,
-    to_pixels,
 )
 from vgpo.world.scenes import split_scenes
 
@@ -92,7 +92,11 @@ def test_images_to_compare_are_reproducible_and_carry_their_utility():
     rows = HELD_OUT[::60]
     images, values = comparison_images(rows)
     again, _ = comparison_images(rows)
-    assert images.shape == (len(rows), len(KINDS), 32, 32, 3) and images.dtype == np.uint8 and (images == again).all()
+    assert (
+        images.shape == (len(rows), len(IMAGE_KINDS), 32, 32, 3)
+        and images.dtype == np.uint8
+        and (images == again).all()
+    )
     assert (comparison_images(rows, seed=1)[0] != images).any()
     for k in (0, 5, 9):
         assert (utility(images[:, k], rows) == values[:, k]).all()
@@ -137,7 +141,7 @@ def test_a_revision_of_the_shipped_weights_has_no_meaning():
 
 def test_what_the_reward_sees_is_what_training_showed(judge):
     images = renderings(HELD_OUT[:4])
-    assert torch.allclose(judge.pixels(images), to_pixels(images), atol=1e-6)
+    assert torch.allclose(judge.pixels(images), clip_pixels(images), atol=1e-6)
 
 
 def test_the_judge_prefers_the_right_scene_to_another_prompts(judge):
@@ -153,7 +157,7 @@ def test_the_judge_prefers_the_right_scene_to_another_prompts(judge):
 def test_its_scores_are_within_the_unit_and_foretell_choices(judge):
     rows = HELD_OUT[::8]
     images, values = comparison_images(rows, seed=5)
-    prompts = [row["prompt"] for row in rows for _ in KINDS]
+    prompts = [row["prompt"] for row in rows for _ in IMAGE_KINDS]
     scores = judge.raw(images.reshape(-1, 32, 32, 3), prompts).view(len(rows), -1)
     assert ((scores > 0) & (scores < 26)).double().mean() > 0.98
     accuracy, bayes = (
