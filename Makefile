@@ -2,6 +2,7 @@
 # make test           set up, then run all tests, the notebooks among them;  make test ARGS="-k geneval"
 # make seeds          the table of the README: both recipes, three seeds each
 # make stress         kills and damages runs at random for 5 minutes, and says what was lost;  ARGS="--minutes 60"
+# make docs           set up, then build the site into build/site: open build/site/index.html
 # make setup          the virtual environment alone;  make clean removes it and what tests leave behind, never runs/
 #
 # Needs make and Python 3.10 or newer with venv. PYTHON=python3.12 chooses one, PIP_FLAGS goes to pip (say, the index of
@@ -12,7 +13,7 @@ RECIPES ?= tiny-geneval tiny-ocr
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: train test seeds stress setup clean
+.PHONY: train test seeds stress docs setup clean
 
 train: $(STAMP)
 	@$(BIN)/python -m vgpo.train $(ARGS)
@@ -25,6 +26,9 @@ seeds: $(STAMP)
 
 stress: $(STAMP)
 	@$(BIN)/python tests/stress.py $(ARGS)
+
+docs: $(STAMP)
+	@$(BIN)/python docs/site/build.py
 
 setup: $(STAMP)
 

@@ -8,7 +8,7 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
-server = settings["server_requirements"].split()
+server, docs, dev = (settings[f"{name}_requirements"].split() for name in ("server", "docs", "dev"))
 setup(
     name=settings["lib_name"],
     version=settings["version"],
@@ -23,7 +23,7 @@ setup(
     include_package_data=True,
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"server": server, "dev": server + settings["dev_requirements"].split()},
+    extras_require={"server": server, "docs": docs, "dev": server + docs + dev},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"],

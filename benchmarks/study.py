@@ -15,8 +15,11 @@ prompts of tiny-geneval (part `tune`); variants take the rate of their method, a
 see the same prompts and equally many images per epoch. Held-out prompts are drawn by the ODE in 10 steps with guidance
 1, 2 and 3: a method's score is its best of these, as the base model's is. Seeds are 0 to 4.
 
-Part `unguided` trains without guidance, for twice as many epochs, and is judged in the same way. Part `values` measures
-what states are worth, before and after training.
+Part `unguided` trains without guidance, for twice as many epochs, and is judged in the same way. Part `variants`
+changes one thing of VGPO at a time, `kl` adds a KL penalty, and `steps` trains with another number of steps and draws
+held-out images in 10, 20 and 40. Part `collapse` starts where most groups agree, with a reward of 0 or 1 and guidance
+3, and varies the anchor; all of it at the rate of VGPO.
+Part `values` measures what states are worth, before and after training.
 """
 
 import json
@@ -73,6 +76,22 @@ METHODS = {  # name -> options; the first is the baseline
     "NFT": ["--credit=GRPO", "--objective=NFT"],
 }
 TUNED_AS = {"TCRM only": "VGPO", "ADAE only": "VGPO", "critic, anchored": "critic"}
+VARIANTS = {  # of VGPO: what nbs/lab/96_unknowns measures on the toy
+    "weights per group": ["--credit.temporal_weights=group"],
+    "no weights": ["--credit.temporal_weights=none"],
+    "schedule alone": ["--credit.num_scored_steps=1", "--credit.anchor_weight=0"],  # weights without a clean estimate
+    "5 scored": ["--credit.num_scored_steps=5"],
+    "gamma 0.8": ["--credit.gamma=0.8"],
+    "gamma 1": ["--credit.gamma=1"],
+    "k 0.5": ["--credit.anchor_weight=0.5"],
+    "k 0.5, centred": ["--credit.anchor_weight=0.5", "--credit.anchor_baseline=others"],
+    "k 0.5, of the group": ["--credit.anchor_weight=0.5", "--credit.anchor_value=group"],
+}
+EASY = [
+    *("--prompts.train=easy_scenes:scenes", "--prompts.test=easy_scenes:scenes", "--reward=easy_scenes:right"),
+    *("--rollout.guidance_scale=3", "--objective.guidance_scale=3"),
+]
+ANCHORS = {"raw": ((0, 0.05, 0.2, 0.5, 1), []), "centred": ((0.2, 1), ["--credit.anchor_baseline=others"])}
 
 
 # What is run
@@ -127,11 +146,61 @@ def unguided():
     return [cell("unguided", TASKS[0], m, seed, 2 * EPOCHS, UNGUIDED, tuned(m)) for seed in SEEDS[:3] for m in methods]
 
 
+def variants():
+    "VGPO with one thing changed."
+    lr = tuned("VGPO")
+    return [
+        cell("variants", TASKS[0], name, seed, options=METHODS["VGPO"] + words, lr=lr)
+        for seed in SEEDS[:3]
+        for name, words in VARIANTS.items()
+    ]
+
+
+def kl():
+    "Some methods with a KL penalty."
+    pairs = [(m, beta) for m in ("GRPO", "VGPO", "critic") for beta in (0.1, 1.0)]
+    return [
+        cell("kl", TASKS[0], f"{m}, beta {beta:g}", s, options=[*METHODS[m], f"--objective.beta={beta}"], lr=tuned(m))
+        for s in SEEDS[:3]
+        for m, beta in pairs
+    ]
+
+
+def steps():
+    "Some methods that are trained with another number of steps than ten, all of them scored."
+    found = []
+    for seed in SEEDS[:3]:
+        for number in (5, 20):
+            for m in ("GRPO", "VGPO", "critic"):
+                words = [f"--rollout.num_inference_steps={number}", f"--window.size={number - 1}"]
+                words += [f"--credit.num_scored_steps={number}"] if m != "GRPO" else []
+                found.append(
+                    cell("steps", TASKS[0], f"{m}, {number} steps", seed, options=METHODS[m] + words, lr=tuned(m))
+                )
+    return found
+
+
+def collapse():
+    "VGPO with anchors of all weights, and GRPO, where most groups agree."
+    runs = {"GRPO": METHODS["GRPO"]}
+    for kind, (weights, words) in ANCHORS.items():
+        runs |= {f"{kind}, k {k:g}": [*METHODS["VGPO"], f"--credit.anchor_weight={k}", *words] for k in weights}
+    return [
+        cell("collapse", TASKS[0], name, seed, EPOCHS // 2, [*words, *EASY], tuned("VGPO"))
+        for seed in SEEDS[:3]
+        for name, words in runs.items()
+    ]
+
+
 PARTS = {
     "base": lambda: [cell("base", task, "base", 0, 0) for task in TASKS],
     "tune": tune,
     "main": main_runs,
     "unguided": unguided,
+    "variants": variants,
+    "kl": kl,
+    "steps": steps,
+    "collapse": collapse,
     "values": lambda: [cell("values", TASKS[0], m, 0, epochs) for m, epochs in (("base", 0), ("VGPO", EPOCHS))],
 }
 
@@ -160,9 +229,9 @@ def gold(images, rows):
     }  # no pairs: no diversity
 
 
-def evaluate(trainer, rows, guidance):
+def evaluate(trainer, rows, guidance, num_steps=STEPS):
     "Figures and gold metrics of the averaged weights, by the ODE."
-    settings = EvaluationConfig(num_samples=len(rows), num_inference_steps=STEPS, guidance_scale=guidance)
+    settings = EvaluationConfig(num_samples=len(rows), num_inference_steps=num_steps, guidance_scale=guidance)
     with trainer.averaged():
         found = evaluate_in_memory(trainer.policy, {"reward": trainer.reward}, rows, settings)
     return figures(found) | {"gold": gold(found.images, rows)}
@@ -261,6 +330,8 @@ def train(run):
     line = run | {"seconds": seconds, "curve": curve, "versions": versions}
     if run["part"] == "values":
         return line | {"values": state_values(trainer)}
+    if run["part"] == "steps":
+        line["steps"] = {str(n): evaluate(trainer, rows, 2.0, n) for n in (10, 20, 40)}
     line["guidance"] = {str(g): evaluate(trainer, rows, g) for g in (GUIDANCE[1:2] if tuning else GUIDANCE)}
     return line if tuning else line | {"samplers": both_samplers(trainer, rows[:BY_SDE])}
 

@@ -24,7 +24,8 @@ class Browser:
     def __init__(self, driver, profile):
         self.url = driver
         options = {"binary": CHROMIUM, "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
-        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+        logged = {"browser": "SEVERE"}  # what the console shows in red
+        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": logged}}}
         self.url = f"{driver}/session/{self.send('session', **wanted)['sessionId']}"
 
     def send(self, path, **body):
@@ -55,6 +56,15 @@ class Browser:
     def click(self, selector):
         element = self.send("element", using="css selector", value=selector)
         self.send(f"element/{next(iter(element.values()))}/click")
+
+    def errors(self):
+        "The errors of the console since the last call."
+        return [entry["message"] for entry in self.send("se/log", type="browser")]
+
+    def resize(self, width, height):
+        "Show pages at a size in pixels; below 600 as a phone does."
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.send("goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=size)
 
     def screenshot(self):
         "The page as a PNG."

@@ -2,7 +2,6 @@
 
 import string
 from contextlib import redirect_stdout
-from functools import lru_cache
 from io import StringIO
 
 import pytest
@@ -10,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from vgpo.config import as_data, config_parser, option_names, parse_config
+from vgpo.config import as_data, option_names, parse_config
 
 VALID = {
     "seed": 3,
@@ -179,10 +178,8 @@ def check(content, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "A folder for the recipes; the parser, which takes longest, is made once."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vgpo.config.config_parser", lru_cache(config_parser))
-        yield tmp_path_factory.mktemp("fuzzed")
+    "A folder for the recipes."
+    return tmp_path_factory.mktemp("fuzzed")
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

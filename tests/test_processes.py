@@ -60,6 +60,11 @@ def test_processes_that_divide_all_weights_among_them_do_what_one_does(made):
     check(made(1, *WHOLE, "--epochs=1"), made(2, *WHOLE, "--epochs=1", "--model.fsdp=full_shard"))
 
 
+def test_processes_learn_from_finished_images_what_one_does(made):
+    words = ["--credit=GRPO", "--objective=NFT", "--epochs=1"]
+    check(made(1, *words), made(2, *words))
+
+
 def test_a_micro_batch_of_eight_and_checkpointing_do_what_eight_of_one_do(made):
     check(made(1, *EIGHT), made(1, *EIGHT, "--rollout.micro_batch_size=8", "--model.gradient_checkpointing=true"))
 

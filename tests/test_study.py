@@ -7,6 +7,7 @@ import pytest
 from vgpo.config import parse_config
 from vgpo.credit.grpo import GRPO
 from vgpo.credit.one_step import OneStep
+from vgpo.evaluation.gold import renderings
 
 
 @pytest.fixture
@@ -80,8 +81,10 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("task", ["tiny-geneval", "tiny-ocr", "tiny-pickscore"])
-def test_a_small_run(study, monkeypatch, task):
+@pytest.mark.parametrize(
+    "task, easy", [("tiny-geneval", False), ("tiny-geneval", True), ("tiny-ocr", False), ("tiny-pickscore", False)]
+)
+def test_a_small_run(study, monkeypatch, task, easy):
     for name, value in {
         "HELD_OUT": 16,
         "BY_SDE": 16,
@@ -91,7 +94,7 @@ def test_a_small_run(study, monkeypatch, task):
         "GUIDANCE": (1.0, 2.0),
     }.items():
         monkeypatch.setattr(study, name, value)
-    run = study.cell("main", task, "GRPO", 0, 1, SMALL, lr=1e-3)
+    run = study.cell("main", task, "GRPO", 0, 1, [*SMALL, *(study.EASY if easy else [])], lr=1e-3)
     line = json.loads(json.dumps(study.train(run)))  # what is printed can be read again
     assert line.items() >= run.items() and line["seconds"] > 0
     before, during, after = line["curve"]
@@ -109,3 +112,12 @@ def test_values_of_states(study):
     found = study.state_values(trainer, prompts=2, per_prompt=2, states=(0, 1), count=2)
     assert len(found["group"]) == len(found["value"]) == 4 and len(found["rewards"][0]) == 3
     assert all(0 <= value <= 1 for row in found["value"] for value in row)
+
+
+def test_easy_scenes_are_right_or_wrong(script):
+    easy = script("easy_scenes")
+    rows = easy.scenes("test", 40)
+    assert {row["tag"] for row in rows} == set(easy.EASY) and len(rows) == 40
+    images, prompts = renderings(rows), [row["prompt"] for row in rows]
+    assert easy.right(images, prompts, rows).tolist() == [1.0] * 40
+    assert easy.right(images[::-1].copy(), prompts, rows).mean() < 0.3

@@ -339,3 +339,22 @@ def test_bad_worlds_and_numbers(small, drawn):
         gauge({}, drawn, prompts_per_epoch=480)
     with pytest.raises(ValueError, match="GDPO wants several rewards"):
         gauge({"GDPO": GDPO()}, drawn)
+
+
+def test_an_estimator_sees_only_the_states_that_it_wants_scored(drawn):
+    "The others hold what the next scored one got, as in training."
+
+    @dataclass
+    class Second(Credit):
+        "Pays each step the reward of the state after it, and has states 2 and the last scored."
+
+        def scored_states(self, num_steps):
+            return [2, num_steps]
+
+        def __call__(self, rewards, group):
+            assert_close(rewards[:, :3], rewards[:, 2:3].expand(-1, 3), rtol=0, atol=0)
+            assert_close(rewards[:, 3:], rewards[:, -1:].expand(-1, rewards.shape[1] - 3), rtol=0, atol=0)
+            return rewards[:, 1:]
+
+    size = len(drawn.rewards) // drawn.size // 3
+    assert gauge({"second": Second()}, drawn, prompts_per_epoch=size)["second"].scored == 2

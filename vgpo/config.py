@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from inspect import isabstract
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,7 @@ class Parser(LineParser):
     def error(self, message, ex=None): raise ValueError((text := reworded(message)) + hint(text))
 
 # %% ../nbs/runs/79_config.ipynb #c017
+@cache
 def config_parser(program: str) -> Parser:
     "The command line of a program that takes a Config: every option with its default, range and meaning."
     import_plugs()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .credit.base import Credit
+from .credit.base import Credit, fill_states
 from .flow import shifted_sigmas
 from .rollout import clean_at, rollout
 from .sde import FlowSDE, Sampler, Transition
@@ -189,7 +189,9 @@ def gauge(estimators: dict[str, Credit], groups: Groups, prompts_per_epoch=48, c
     ids, found = torch.arange(prompts_per_epoch).repeat_interleave(groups.size), {"true advantage": (groups.values.diff(dim=1), 0)}
     for name, credit in estimators.items():
         if credit.separate: raise ValueError(f"{name} wants several rewards, and there is one here: measure what it does to one")
-        found[name] = torch.cat([credit(r, ids) for r in groups.rewards.split(len(ids))]), len(credit.scored_states(steps))
+        states = credit.scored_states(steps)
+        rewards = fill_states(groups.rewards[:, states], states, steps)
+        found[name] = torch.cat([credit(r, ids) for r in rewards.split(len(ids))]), len(states)
     units = torch.ones(steps, 1) if units is None else units[:, None]
     return {name: read(group_gradients(a, groups, clip_range) * units, groups.truth * units, prompts_per_epoch, scored)
             for name, (a, scored) in found.items()}

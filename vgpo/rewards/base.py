@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RewardSpec', 'RewardError', 'Scores', 'Reward', 'FunctionName', 'checked_name', 'imported', 'Function',
-           'check_images', 'check_inputs', 'check_tensor', 'check_values', 'check_scores', 'run_with_timeout', 'score',
+           'check_images', 'check_inputs', 'check_tensor', 'check_values', 'check_scores', 'score', 'run_with_timeout',
            'all_subclasses', 'reward_classes', 'options_of', 'build_reward', 'make_reward', 'Combined', 'networks_of']
 
 # %% ../../nbs/world/22_rewards.ipynb #c002
@@ -172,28 +172,6 @@ def check_scores(name: str, scores: Any, prompts: list[str]) -> None:
     check_values(name, "scaled", scaled, (scaled >= 0) & (scaled <= 1), prompts,
                  "the scale must map every raw score into [0, 1]")
 
-# %% ../../nbs/world/22_rewards.ipynb #c026
-def run_with_timeout(fn, timeout, proceed=None):
-    """The result of `fn()`, run in a thread of its own; TimeoutError after `timeout` seconds (the thread stays behind).
-
-    `proceed()` is called while it runs; what it raises is raised, and the thread stays behind, too.
-    """
-    box = {}
-
-    def work():
-        try: box["value"] = fn()
-        except BaseException as e: box["error"] = e  # whatever it is, it is raised again in the caller's thread
-
-    thread = threading.Thread(target=work, daemon=True)  # a daemon: if it hangs, the program can still exit
-    thread.start()
-    while proceed and thread.is_alive():
-        proceed()
-        thread.join(0.5)
-    thread.join(timeout)
-    if thread.is_alive(): raise TimeoutError(f"no answer within {timeout} s: raise the timeout, or see why it hangs")
-    if "error" in box: raise box["error"]
-    return box["value"]
-
 # %% ../../nbs/world/22_rewards.ipynb #c028
 def score(reward: Reward, images: np.ndarray, prompts: list[str], metadata: list[dict],
           timeout: float | None = None, proceed: Callable[[], None] | None = None) -> Scores:
@@ -216,6 +194,28 @@ def score(reward: Reward, images: np.ndarray, prompts: list[str], metadata: list
     except TimeoutError as e: raise failed(e) from e
     check_scores(reward.name, scores, prompts)
     return scores
+
+# %% ../../nbs/world/22_rewards.ipynb #c026
+def run_with_timeout(fn, timeout, proceed=None):
+    """The result of `fn()`, run in a thread of its own; TimeoutError after `timeout` seconds (the thread stays behind).
+
+    `proceed()` is called while it runs; what it raises is raised, and the thread stays behind, too.
+    """
+    box = {}
+
+    def work():
+        try: box["value"] = fn()
+        except BaseException as e: box["error"] = e  # whatever it is, it is raised again in the caller's thread
+
+    thread = threading.Thread(target=work, daemon=True)  # a daemon: if it hangs, the program can still exit
+    thread.start()
+    while proceed and thread.is_alive():
+        proceed()
+        thread.join(0.5)
+    thread.join(timeout)
+    if thread.is_alive(): raise TimeoutError(f"no answer within {timeout} s: raise the timeout, or see why it hangs")
+    if "error" in box: raise box["error"]
+    return box["value"]
 
 # %% ../../nbs/world/22_rewards.ipynb #c032
 def all_subclasses(cls: type) -> list[type]:
