@@ -163,7 +163,7 @@ def test_its_scores_are_within_the_unit_and_foretell_choices(judge):
     accuracy, bayes = (
         pair_accuracy(found.double(), torch.from_numpy(values)) for found in (scores, torch.from_numpy(values))
     )
-    assert bayes > accuracy > 0.6  # what the shipped weights do; 69_preference says how far from good that is
+    assert bayes > accuracy > 0.68  # what the shipped weights do; 69_preference says how far from good that is
 
 
 # --- around ---

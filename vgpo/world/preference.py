@@ -75,13 +75,14 @@ def paint(row: dict, kind: str, rows: list[dict], rng: random.Random) -> np.ndar
     return DEFECTS[kind](image.astype(float), rng).round().clip(0, 255).astype(np.uint8) if kind in DEFECTS else image
 
 # %% ../../nbs/evaluation/69_preference.ipynb #c013
-def comparison_images(rows: list[dict], policy: Policy | None = None, drawn: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def comparison_images(rows: list[dict], policy: Policy | None = None, drawn: int = 2, seed: int = 0,
+                      rounds: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Images (P, K, 32, 32, 3) uint8 to compare for P scene rows, and their true utility (P, K).
 
-    One image of each of `IMAGE_KINDS`; then `drawn` images that `policy` draws by the ODE in 10 steps, if there is one.
+    `rounds` times an image of each of `IMAGE_KINDS`; then `drawn` images that `policy` draws by the ODE in 10 steps, if there is one.
     """
     rng = random.Random(f"{seed}-train")
-    images = np.stack([[paint(row, kind, rows, rng) for kind in IMAGE_KINDS] for row in rows])
+    images = np.stack([[paint(row, kind, rows, rng) for kind in IMAGE_KINDS * rounds] for row in rows])
     if policy and drawn:
         samples = [(i, k) for i in range(len(rows)) for k in range(drawn)]
         found = draw_samples(policy, rows, samples, EvaluationConfig(num_inference_steps=10), seed=seed + 1)
@@ -182,13 +183,13 @@ def learn(model: CLIPModel, ids: torch.Tensor, images: np.ndarray, utility: np.n
     A label of each pair is drawn once, from the utility (P, K). A step takes `per_prompt` images of each of some prompts.
     """
     generator, found = torch.Generator().manual_seed(seed), []
-    preferred, pixels = preferences(torch.from_numpy(utility), generator), clip_pixels(images)
+    preferred = preferences(torch.from_numpy(utility), generator)
     optimizers = judge_optimizers(model, lr, matrix_lr)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1, (step + 1) / 40) * (1 - step / steps)) for o in optimizers]
     for _ in trange(steps, desc="judge", mininterval=10):
         p = torch.randint(len(ids), (prompts,), generator=generator)
         k = torch.rand(prompts, images.shape[1], generator=generator).argsort(1)[:, :per_prompt]
-        losses = judge_losses(model, pixels[p[:, None], k], ids[p], preferred[p[:, None, None], k[:, :, None], k[:, None]])
+        losses = judge_losses(model, clip_pixels(images[p[:, None], k]), ids[p], preferred[p[:, None, None], k[:, :, None], k[:, None]])
         model.zero_grad(); sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for step in (*optimizers, *schedules): step.step()
@@ -197,10 +198,10 @@ def learn(model: CLIPModel, ids: torch.Tensor, images: np.ndarray, utility: np.n
     return found
 
 # %% ../../nbs/evaluation/69_preference.ipynb #c034
-def make_judge(out: PathName, steps: int = 2_600, seed: int = 0):
+def make_judge(out: PathName, steps: int = 2_600, rounds: int = 6, seed: int = 0):
     "Make the tiny world's PickScore from the tiny model and save it in the folder `out`; the images are those of all training prompts."
     policy, rows = load_policy(ModelConfig()), [row for rows in split_scenes()[0].values() for row in rows]
-    images, values = comparison_images(rows, policy, seed=seed)
+    images, values = comparison_images(rows, policy, seed=seed, rounds=rounds)
     tokens = policy.pipe.tokenizer([row["prompt"] for row in rows], padding="max_length", return_tensors="pt")
     model = make_clip(policy, seed)
     learn(model, tokens.input_ids, images, values, steps, seed=seed)
