@@ -39,7 +39,7 @@ import torch
 from vgpo.config import parse_config
 from vgpo.continuations import continued_rewards
 from vgpo.distributed import init_accelerator
-from vgpo.evaluation.gold import diversity, edges, gold_metrics, kl_per_step, sharpness
+from vgpo.evaluation.gold import diversity, edges, gold_metrics, kernel_distance, kl_per_step, sharpness
 from vgpo.evaluation.images import EvaluationConfig
 from vgpo.evaluation.scores import Evaluation, evaluate_in_memory
 from vgpo.noise import epoch_prompts, sample_noise
@@ -53,7 +53,7 @@ from vgpo.sde import FlowSDE
 
 ROOT = Path(__file__).parents[1]
 FOUND, RUNS = ROOT / "benchmarks" / "study", ROOT / "runs" / "study"
-TASKS = ("tiny-geneval", "tiny-ocr")
+TASKS = ("tiny-geneval", "tiny-ocr", "tiny-pickscore")
 EPOCHS, SEEDS = 24, range(5)
 TUNING_EPOCHS, TUNING_SEED, RATES, VALIDATION = 12, 1000, (1e-3, 3e-3), 264
 GUIDANCE, STEPS, HELD_OUT, BY_SDE = (1.0, 2.0, 3.0), 10, 528, 256  # after training: images by the ODE, and by the SDE
@@ -235,24 +235,6 @@ def evaluate(trainer, rows, guidance, num_steps=STEPS):
     with trainer.averaged():
         found = evaluate_in_memory(trainer.policy, {"reward": trainer.reward}, rows, settings)
     return figures(found) | {"gold": gold(found.images, rows)}
-
-
-def kernel_distance(first, second, blocks=8):
-    """Squared kernel distance of two sets of latents (N, ...), 0 on average if they are of one distribution.
-
-    The unbiased estimate with the polynomial kernel (x . y / D + 1)^3 of the kernel inception distance
-    (arXiv:1801.01401), here in latents: mean and standard error over blocks of images.
-    """
-    found = []
-    for x, y in zip(first.flatten(1).double().chunk(blocks), second.flatten(1).double().chunk(blocks), strict=True):
-        both = torch.cat([x, y])
-        kernel = (both @ both.T / both.shape[1] + 1) ** 3
-        kernel.fill_diagonal_(0)
-        n, m = len(x), len(y)
-        inside = kernel[:n, :n].sum() / (n * (n - 1)) + kernel[n:, n:].sum() / (m * (m - 1))
-        found.append(inside - 2 * kernel[:n, n:].mean())
-    found = torch.stack(found)
-    return found.mean().item(), found.std().item() / blocks**0.5
 
 
 def both_samplers(trainer, rows, size=64):

@@ -14,6 +14,8 @@ from vgpo.evaluation.gold import (
     edges,
     gold_metrics,
     gold_per_image,
+    image_features,
+    kernel_distance,
     palette,
     renderings,
     sharpness,
@@ -116,3 +118,44 @@ def test_gold_metrics_are_reproducible_and_refuse_what_is_no_scene():
         gold_metrics(images[:3], ROWS)
     order = random.Random(0).sample(range(len(ROWS)), len(ROWS))
     assert (utility(images[order], [ROWS[i] for i in order]) == utility(images, ROWS)[order]).all()
+
+
+def test_the_kernel_distance_is_0_for_one_distribution_and_that_of_two_means_for_two():
+    "Of Gaussians with means 0 and m in D dimensions, the kernel's linear part alone contributes 3 |m|^2 / D."
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 800, 4, 4)
+    distance, stderr = kernel_distance(first, second)
+    assert abs(distance) < 4 * stderr
+    distance, stderr = kernel_distance(first, second + 0.5)
+    assert distance - 3 * 0.25 > 4 * stderr
+
+
+def test_the_kernel_distance_is_the_unbiased_sum_over_pairs():
+    x, y = torch.randn(2, 6, 3, dtype=torch.float64)
+
+    def kernel(a, b):
+        return (float(a @ b) / 3 + 1) ** 3
+
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+    by_hand = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) - 2 * kernel(x[i], y[j]) for i, j in pairs) / 30
+    distance, stderr = kernel_distance(x, y, blocks=1)
+    assert distance == pytest.approx(by_hand) and math.isnan(stderr)
+    assert math.isnan(kernel_distance(x[:1], y[:1], blocks=1)[0])
+    halves = [kernel_distance(x[part], y[part], blocks=1)[0] for part in (slice(0, 3), slice(3, 6))]
+    found = kernel_distance(x, y, blocks=2)
+    assert found == pytest.approx((np.mean(halves), np.std(halves, ddof=1) / math.sqrt(2)))
+    with pytest.raises(ValueError, match="sets of 6 and 5 features"):
+        kernel_distance(x, y[:5])
+
+
+def test_the_kernel_distance_sees_a_blur_and_not_which_image_belongs_to_which_prompt():
+    first, second = (renderings(ROWS, seed) for seed in (0, 1))
+    reference = image_features(first)
+    assert ((reference.square().mean(1) - 1).abs() < 1e-5).all()
+    distance, stderr = kernel_distance(image_features(second), reference, blocks=4)
+    assert abs(distance) < 4 * stderr
+    blurred = gaussian_filter(second.astype(float), (0, 1.5, 1.5, 0)).round().astype(np.uint8)
+    worse, _ = kernel_distance(image_features(blurred), reference, blocks=4)
+    assert worse > distance + 4 * stderr
+    exchanged, _ = kernel_distance(image_features(np.roll(second, 24, 0)), reference, blocks=4)
+    assert abs(exchanged) < worse / 10

@@ -320,6 +320,7 @@ def networks_of(spec: str | dict) -> list[tuple[str, str, str]]:
     "(network, device, dtype) of each of a reward's `networks`, of its name or data {class_path, init_args}; not made."
     data = {"class_path": spec} if isinstance(spec, str) else spec
     options = data.get("init_args") or {}
+    if options.get("weights") == "tiny": return []  # nothing beside the others
     if "rewards" in options: return [found for part in options["rewards"].values() for found in networks_of(part)]
     cls = reward_classes().get(data["class_path"].rpartition(".")[2], Function)
     return [(network, options.get("device", "cpu"), options.get("dtype", "float32")) for network in cls.networks]
