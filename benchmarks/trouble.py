@@ -52,7 +52,7 @@ RUNS = {  # name -> options beside SMALL
     "the gap closed": ["--epochs=36"],
 }
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "clip_ratio", "ratio/abs_dev_mean", "kl", "grad_norm")
-GOLD = ("match", "unasked", "diversity")
+GOLD = ("unasked", "diversity")
 
 
 def held_out(trainer, rows):
@@ -88,8 +88,14 @@ def lines():
 def row(line):
     "A line of a table: the run, its metrics of the last epochs, and what it drew before and after."
     last = [f"{line['last'][m]:.2g}" if m in line["last"] else "" for m in METRICS]
-    drawn = [f"{line['before'][m]:.3f} → {line['after'][m]:.3f}" for m in ("reward", *GOLD)]
+    drawn = [f"{line['before'][m]:.2f} → {line['after'][m]:.2f}" for m in ("reward", *GOLD)]
     return "| " + " | ".join([line["name"], *last, *drawn]) + " |"
+
+
+def table(found):
+    "A Markdown table of lines."
+    head = ["run", *(f"`{m}`" for m in METRICS), "held-out reward", *GOLD]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *map(row, found)])
 
 
 def main(argv=None):
@@ -107,10 +113,7 @@ def main(argv=None):
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             with open(FOUND, "a") as file:
                 file.write(done.stdout.splitlines()[-1] + "\n")
-    print("| run |", " | ".join([*METRICS, "held-out reward", *GOLD]), "|")
-    print("|---" * (2 + len(METRICS) + len(GOLD)) + "|")
-    for line in lines().values():
-        print(row(line))
+    print(table(lines().values()))
 
 
 if __name__ == "__main__":
