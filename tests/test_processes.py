@@ -54,6 +54,12 @@ def test_processes_do_together_what_one_does(one, made, processes):
     many = made(processes)
     assert [folder.name for folder in many.iterdir() if folder.name != "record"] == ["run"]
     check(one, many)
+    kept = [json.loads((folder / "run" / "inspect" / "epoch-00000.json").read_text()) for folder in (one, many)]
+    assert kept[0]["of"] == kept[1]["of"] == 12 and kept[0]["prompts"] == kept[1]["prompts"]
+    for name in ("rewards", "advantages"):  # in another order, and rounded for `vgpo inspect`
+        mine, theirs = (sorted(zip(found["group"], found[name], strict=True)) for found in kept)
+        assert [group for group, _ in mine] == [group for group, _ in theirs]
+        assert np.allclose([row for _, row in mine], [row for _, row in theirs], atol=2e-4), name
 
 
 def test_processes_that_divide_all_weights_among_them_do_what_one_does(made):
