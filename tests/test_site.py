@@ -57,6 +57,14 @@ def test_every_page_is_in_the_sidebar_once():
     assert {name: count for name, count in listed.items() if name not in generated} == ours
 
 
+def test_the_course_is_the_evenings_path_of_the_first_page():
+    lessons = build.lessons()
+    assert all(path.is_file() for path in lessons) and lessons == sorted(lessons, key=lambda path: path.name)
+    assert 18 <= len(lessons) <= 22
+    page = build.part_page("method", "")
+    assert page.index("## Lessons") < page.index("05_losses.ipynb") < page.index("## The library beneath")
+
+
 def test_every_notebook_is_in_a_part():
     assert {path.parent.name for path in build.notebooks()} == {
         part for parts in build.PARTS.values() for part in parts

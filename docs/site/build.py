@@ -55,6 +55,12 @@ def start():
     return next(iter(sorted(ROOT.glob("nbs/00_*.ipynb"))), ROOT / "README.md")
 
 
+def lessons():
+    "The notebooks of the evening's path on the first page: the course, without the library beneath it."
+    text = start().read_text(encoding="utf-8").partition("**An evening**")[2].partition("**A quarter")[0]
+    return [ROOT / "nbs" / found for found in re.findall(r"\]\((\w+/\d+_\w+\.ipynb)\)", text)]
+
+
 def guides():
     readme = [] if start().name == "README.md" else [ROOT / "README.md"]
     return [*readme, *sorted(ROOT.glob("docs/*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -95,11 +101,16 @@ def contents():
 
 
 def part_page(part, question):
-    "The page of a part: its notebooks, with what each is about."
-    rows = [(path, *heading(path)) for path in notebooks(part)]
-    shown = [f"- [{title}]({path.name}): {line}" for path, title, line in rows]
-    listed = toctree([f"{title} <{path.stem}>" for path, title, _ in rows])
-    return "\n".join([f"# {part.capitalize()}", "", f"*{question}*", "", *shown, "", listed])
+    "The page of a part: its notebooks, lessons first, with what each is about."
+    course = [path for path in notebooks(part) if path in lessons()]
+    rest = [path for path in notebooks(part) if path not in course]
+    groups = {"## Lessons": course, "## The library beneath": rest} if course else {"": rest}
+    shown, entries = [], []
+    for name, paths in groups.items():
+        rows = [(path, *heading(path)) for path in paths]
+        shown += [name, "", *(f"- [{title}]({path.name}): {line}" for path, title, line in rows), ""]
+        entries += [f"{title} <{path.stem}>" for path, title, _ in rows]
+    return "\n".join([f"# {part.capitalize()}", "", f"*{question}*", "", *shown, toctree(entries)])
 
 
 def api_pages(part):
