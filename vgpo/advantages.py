@@ -71,7 +71,7 @@ def others_mean(values, group):
     size, center = counts[inverse][:, None], group_stats(values, group)[0]
     return (values.double().sum(0) - size * center) / (len(values) - size)
 
-
+# %% ../nbs/credit/13_adae.ipynb #split1
 def held_values(values, group, anchor_value="image", anchor_baseline="none"):
     """What the anchor holds on to, (B, T): values (B, T) or their groups' means, over a baseline or not.
 

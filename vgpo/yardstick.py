@@ -113,7 +113,7 @@ def along_bumps(plane: Plane, j: int, x: torch.Tensor, x_next: torch.Tensor) -> 
     reach = (plane.transition(j, x[:1], 1.0).mean - step.mean[:1])[0, 0] / step.std  # c / s
     return (bumps(x)[:, :, None] * (reach * (x_next - step.mean) / step.std)[:, None]).flatten(1)
 
-
+# %% ../nbs/credit/21_yardstick.ipynb #split1
 def draw_groups(plane: Plane, groups: int, group_size=16, seed=0, behaviour: Plane | None = None) -> Groups:
     """Sample `Groups` from a Plane, or from a second one, `behaviour`, whose images then train the policy of the first.
 
