@@ -62,7 +62,7 @@ def build_trainer(config, accelerator: Accelerator, reward: Reward | None = None
                    rollout=c.rollout, optim=c.optim, seed=c.seed, epochs=c.epochs, accelerator=accelerator,
                    callbacks=[*callbacks, *c.callbacks])
 
-# %% ../../nbs/runs/80_session.ipynb #c008
+# %% ../../nbs/runs/80_session.ipynb #seams1
 def seams_note(tiling: bool, reward: Reward) -> str | None:
     "What to say if images are decoded in tiles and a chat model judges them at their full size, else None."
     parts = [*reward.rewards.values()] if isinstance(reward, Combined) else [reward]
@@ -70,7 +70,7 @@ def seams_note(tiling: bool, reward: Reward) -> str | None:
     return ("note: the VAE decodes in tiles (model.vae_tiling), and the reward is a chat model that sees images at their full size; "
             "it may learn to like or dislike the seams. Set model.vae_tiling to false, or a smaller reward.resolution")
 
-
+# %% ../../nbs/runs/80_session.ipynb #c008
 class Session:
     """A run in a folder: its trainer, held-out rows, and the callbacks that write what is kept.
 
