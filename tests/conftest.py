@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, DRIVER, browser
 from hypothesis import settings
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -98,3 +99,12 @@ def script(monkeypatch):
     "Imports a script of benchmarks/ by its name."
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     return __import__
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    "A window of a headless Chromium; the test is skipped where there is none."
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs Chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened

@@ -14,7 +14,6 @@ from types import SimpleNamespace as Any
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, DRIVER, browser
 from PIL import Image
 
 import vgpo.train as program
@@ -360,27 +359,19 @@ def test_the_report_links_to_the_page_and_names_the_command(run, capsys):
 # --- the page in a real browser ---
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("needs Chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
 @pytest.fixture
-def opened(chromium):
+def opened(window):
     "A function that opens a page and waits until it is drawn."
 
     def show(path, width=1200):
-        chromium.resize(width)
-        chromium.said()
-        chromium.open(path.as_uri())
-        chromium.wait("document.querySelector('.results') && document.querySelectorAll('.chart').length > 0")
-        return chromium
+        window.resize(width)
+        window.said()
+        window.open(path.as_uri())
+        window.wait("document.querySelector('.results') && document.querySelectorAll('.chart').length > 0")
+        return window
 
     yield show
-    assert chromium.said() == []
+    assert window.said() == []
 
 
 def click(page, selector):

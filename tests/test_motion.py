@@ -8,7 +8,6 @@ from io import BytesIO
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from browser import CHROMIUM, DRIVER, browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -87,14 +86,6 @@ def test_jupyter_gets_a_player_and_its_fallback():
 
 
 # --- in a browser ---
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("needs Chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture

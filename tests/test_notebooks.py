@@ -72,5 +72,6 @@ def test_is_stored_with_outputs_and_without_errors(name):
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     assert outputs, f"{name} is stored without outputs: execute it"
     assert not [output for output in outputs if output.output_type == "error"]
-    assert "site-packages" not in json.dumps(outputs), f"{name} shows a path of the machine that it ran on"
+    for place in ("site-packages", "/tmp/"):
+        assert place not in json.dumps(outputs), f"{name} shows a path of the machine that it ran on"
     assert cells[0].source.startswith("# ")

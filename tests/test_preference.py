@@ -2,6 +2,7 @@
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,3 +196,8 @@ def test_the_same_seed_makes_the_same_weights(tmp_path, monkeypatch):
     assert (
         PickScore(tmp_path / "a", tmp_path / "a").raw(renderings(test["colors"][:1]), ["a photo of a cross"]).isfinite()
     )
+
+
+def test_the_shipped_files_name_no_path_of_the_machine_that_made_them():
+    files = list(Path(TINY_PICKSCORE).glob("*.json"))
+    assert files and not any("_name_or_path" in path.read_text(encoding="utf-8") for path in files)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import CHROMIUM, DRIVER, browser
 from markdown_it import MarkdownIt
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -177,16 +176,13 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(window):
     "A browser's window, and the address of the built site."
     if not (build.SITE / "index.html").exists():
         pytest.skip("needs the site: make docs")
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("needs Chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=build.SITE)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with browser(tmp_path_factory.mktemp("profile")) as window:
-            yield window, f"http://127.0.0.1:{server.server_port}"
+        yield window, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import requests
 import torch
-from browser import CHROMIUM, DRIVER, browser
 from safetensors.torch import load_file
 from starlette.testclient import TestClient
 
@@ -412,14 +411,6 @@ def test_a_run_waits_stops_and_goes_on_and_asks_nothing_twice(tmp_path):
 
 
 # --- the page in a real browser ---
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("needs Chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 QUESTION = "document.querySelector('h1').textContent"

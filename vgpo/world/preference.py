@@ -118,7 +118,8 @@ def make_clip(policy: Policy, seed: int = 0) -> CLIPModel:
     text = policy.pipe.text_encoder
     vision = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2, hidden_act="gelu",
                   image_size=SIZE, patch_size=8)
-    model = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision, projection_dim=text.config.projection_dim,
+    known = {key: value for key, value in text.config.to_dict().items() if key != "_name_or_path"}  # a path of this machine
+    model = CLIPModel(CLIPConfig(text_config=known, vision_config=vision, projection_dim=text.config.projection_dim,
                                  logit_scale_init_value=math.log(PickScore.unit)))
     model.text_model.load_state_dict(text.text_model.state_dict())
     model.text_projection.load_state_dict(text.text_projection.state_dict())
