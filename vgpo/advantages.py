@@ -98,7 +98,7 @@ def anchored(relative, values, group, anchor=0.05, anchor_steps=5, weights="traj
     held = held_values(values, group, anchor_value, anchor_baseline)
     return (omega * (relative + anchor * active * held)).to(torch.result_type(values, 1.0))
 
-
+# %% ../nbs/credit/13_adae.ipynb #c006b
 def value_anchored(values, group, anchor=0.05, anchor_steps=5, eps=1e-4, scale_rewards="group", **readings):
     """VGPO's advantages (B, T): omega * ((Q - mean_G Q) / (std_G Q + eps) + k Q), from values Q (B, T) and ids (B,).
 

@@ -9,7 +9,7 @@ __all__ = ['SkipStep', 'Callback']
 class SkipStep(Exception):
     "Raised by a callback's `before_step`: this optimizer step is left out."
 
-
+# %% ../nbs/training/42_callback.ipynb #c003b
 class Callback:
     """Watches a Trainer. Override what you need; a dataclass's fields are its options on the command line.
 

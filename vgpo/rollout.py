@@ -78,8 +78,7 @@ def take_step(x, velocity, sigmas, j, sampler, noisy, noise):
 
 # %% ../nbs/method/04_rollout.ipynb #c017
 @torch.no_grad()
-def rollout(velocity_fn, noise, sigmas, sampler, step_noise=None, group=None, generator=None, sde_steps=None,
-            keep_means=False):
+def rollout(velocity_fn, noise, sigmas, sampler, step_noise=None, group=None, generator=None, sde_steps=None, keep_means=False):
     """Sample B trajectories from `noise` (B, …) and keep all that training needs.
 
     `velocity_fn(x, sigma) -> velocity` is called once per step. `step_noise` (B, T, …) fixes the noise of

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from fastcore.basics import patch
 
+# %% ../nbs/training/43_trainer.ipynb #c003b
 from .advantages import group_stats
 from .batches import OptimConfig, RolloutConfig, solve_batches
 from .callback import Callback, SkipStep

@@ -24,6 +24,7 @@ class Window:
     """
     size: int
     shared_start: bool = False
+    def __post_init__(self): check_fields(self)
 
     def check(self, num_steps: int):
         "Raise ValueError, naming option and remedy, if the window does not fit into so many steps."
@@ -54,7 +55,6 @@ class Leading(Window):
     """steps that draw noise and are trained; the others follow the ODE"""
     shared_start: bool = False
     """the images of a group start from the same noise (DanceGRPO, arXiv:2505.07818)"""
-    def __post_init__(self): check_fields(self)
     def first_step(self, num_steps, seed, epoch, prompts): return 0
     def last_step(self, num_steps): return self.size - 1
 
@@ -72,7 +72,6 @@ class Random(Window):
     """how often a place is drawn"""
     shared_start: bool = False
     """the images of a group start from the same noise (DanceGRPO, arXiv:2505.07818)"""
-    def __post_init__(self): check_fields(self)
 
     def places(self, num_steps: int) -> range:
         "The steps at which the window may begin."

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 
 from .credit.base import Credit, fill_states
 from .flow import shifted_sigmas
@@ -42,10 +43,12 @@ class Plane:
             raise ValueError(f"the noise of step {stds.index(min(stds))} has std {min(stds):.3g}, and cells are {self.spacing:.3g} "
                              "wide: raise cells, or take a sampler with more noise in that step")
 
-    def transition(self, j: int, x: torch.Tensor, shift=0.0) -> Transition:
-        "The Transition of step j from states x (N, 2), whose velocity is moved by `shift`, a number or (N, 2)."
-        with torch.no_grad(): velocity = self.velocity(x, self.sigmas[j])
-        return self.sampler.transition(x, velocity + shift, self.sigmas[j], self.sigmas[j + 1], self.sigmas[1])
+# %% ../nbs/credit/21_yardstick.ipynb #y004b
+@patch
+def transition(self: Plane, j: int, x: torch.Tensor, shift=0.0) -> Transition:
+    "The Transition of step j from states x (N, 2), whose velocity is moved by `shift`, a number or (N, 2)."
+    with torch.no_grad(): velocity = self.velocity(x, self.sigmas[j])
+    return self.sampler.transition(x, velocity + shift, self.sigmas[j], self.sigmas[j + 1], self.sigmas[1])
 
 # %% ../nbs/credit/21_yardstick.ipynb #y008
 def average_over(table: torch.Tensor, mean: torch.Tensor, variance, axis: torch.Tensor) -> torch.Tensor:

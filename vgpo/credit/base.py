@@ -8,6 +8,8 @@ __all__ = ['Credit', 'spaced_states', 'fill_states']
 # %% ../../nbs/credit/10_credit.ipynb #c002
 import torch
 
+from ..plugs import check_fields
+
 # %% ../../nbs/credit/10_credit.ipynb #c007
 class Credit:
     """The base of estimators: which step of the sampler earned what.
@@ -18,6 +20,7 @@ class Credit:
     """
     separate = False
     projection_steps = 1
+    def __post_init__(self): check_fields(self)
 
     def scored_states(self, num_steps: int) -> list[int]:
         "The states whose clean estimate must be scored, rising; the last is `num_steps`, the finished image."

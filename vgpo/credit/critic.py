@@ -15,7 +15,6 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..advantages import check_rewards, group_stats, others_mean
 from .base import Credit, spaced_states
-from ..plugs import check_fields
 
 # %% ../../nbs/credit/19_critic.ipynb #p004
 def fitted_slopes(target: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -38,7 +37,6 @@ class ProjectionCritic(Credit):
     """k, weight of an absolute term: the reward minus the mean reward of the epoch's other prompts"""
     projection_steps: PositiveInt = 1
     """Euler steps of the ODE from a scored state to its clean estimate; those beyond the first cost a forward pass each"""
-    def __post_init__(self): check_fields(self)
     def scored_states(self, num_steps): return spaced_states(num_steps, self.num_scored_steps)
 
 # %% ../../nbs/credit/19_critic.ipynb #p008

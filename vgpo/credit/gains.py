@@ -14,7 +14,6 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from ..advantages import group_relative
 from .base import Credit
-from ..plugs import check_fields
 
 # %% ../../nbs/credit/18_gains.ipynb #o001
 def turning_gains(rewards: torch.Tensor) -> torch.Tensor:
@@ -36,7 +35,6 @@ class Gains(Credit):
     """Euler steps of the ODE from a scored state to its clean estimate; those beyond the first cost a forward pass each"""
     turning_points: bool = False
     """where the reward turns towards its final trend, all that is gained from there on counts (TP-GRPO, arXiv:2602.06422)"""
-    def __post_init__(self): check_fields(self)
     def scored_states(self, num_steps): return list(range(num_steps + 1))
 
     def __call__(self, rewards, group):

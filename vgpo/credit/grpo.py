@@ -13,7 +13,6 @@ from jsonargparse.typing import PositiveFloat
 
 from ..advantages import group_relative
 from .base import Credit
-from ..plugs import check_fields
 
 # %% ../../nbs/credit/14_grpo_estimator.ipynb #c004
 @dataclass
@@ -23,7 +22,6 @@ class GRPO(Credit):
     """whose standard deviation divides: that of the prompt's group, or of the epoch"""
     advantage_clip: PositiveFloat = 5.0
     """advantages are clamped to [-advantage_clip, advantage_clip]"""
-    def __post_init__(self): check_fields(self)
     def scored_states(self, num_steps): return [num_steps]
 
     def __call__(self, rewards, group):

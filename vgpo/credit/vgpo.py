@@ -15,7 +15,6 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from ..advantages import value_anchored
 from .base import Credit, spaced_states
-from ..plugs import check_fields
 from ..values import discounted_values
 
 # %% ../../nbs/credit/15_vgpo_estimator.ipynb #c004
@@ -42,12 +41,15 @@ class VGPO(Credit):
     """advantages are clamped to [-advantage_clip, advantage_clip]"""
     projection_steps: PositiveInt = 1
     """Euler steps of the ODE from a scored state to its clean estimate; those beyond the first cost a forward pass each"""
-    def __post_init__(self): check_fields(self)
-    @property
-    def readings(self): return {"weights": self.temporal_weights, "anchor_value": self.anchor_value, "anchor_baseline": self.anchor_baseline}
     def scored_states(self, num_steps): return spaced_states(num_steps, self.num_scored_steps)
 
 # %% ../../nbs/credit/15_vgpo_estimator.ipynb #c007
+@patch(as_prop=True)
+def readings(self: VGPO):
+    "The options that `value_anchored` knows by names of its own."
+    return {"weights": self.temporal_weights, "anchor_value": self.anchor_value, "anchor_baseline": self.anchor_baseline}
+
+
 @patch
 def __call__(self: VGPO, rewards: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     "Advantages (N, T) from the rewards (N, T+1) of all states, in [0, 1], and prompt ids (N,); ValueError where omega is negative."

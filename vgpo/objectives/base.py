@@ -8,6 +8,8 @@ __all__ = ['Objective']
 # %% ../../nbs/training/38_objectives.ipynb #c002
 import torch
 
+from ..plugs import check_fields
+
 # %% ../../nbs/training/38_objectives.ipynb #c003
 class Objective:
     """The base of objectives: what the gradient follows. A subclass is a dataclass; its fields are its options.
@@ -20,6 +22,7 @@ class Objective:
     needs_means = False
     uses_reference = False
     samples_ode = False
+    def __post_init__(self): check_fields(self)
 
     def old_velocities(self, policy, batch) -> torch.Tensor | None:
         "Of the weights that made the rollouts, where the loss needs them: (B, T, …), computed before an epoch's first update."

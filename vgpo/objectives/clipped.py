@@ -17,7 +17,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 
 from ..losses import clipped_surrogate, velocity_kl
 from .base import Objective
-from ..plugs import AtLeastOne, check_fields
+from ..plugs import AtLeastOne
 from ..rollout import Trajectory, column, replay
 from ..sde import Sampler, Transition
 
@@ -43,7 +43,6 @@ class PolicyGradient(Objective, ABC):
     """whether all trained steps count alike, or in proportion to the noise that they add (TempFlow-GRPO)"""
 
     harmless = frozenset({"target_kl"})
-    def __post_init__(self): check_fields(self)
 
     @property
     def uses_reference(self) -> bool: return bool(self.beta or self.target_kl)

@@ -16,7 +16,7 @@ from jsonargparse.typing import NonNegativeFloat
 from ..flow import interpolate
 from ..losses import velocity_kl
 from .base import Objective
-from ..plugs import AtLeastOne, check_fields
+from ..plugs import AtLeastOne
 from ..rollout import column
 
 # %% ../../nbs/training/46_matching.ipynb #m004
@@ -29,7 +29,6 @@ class Matching(Objective, ABC):
     """classifier-free guidance while training; that of the rollouts, as a rule"""
 
     samples_ode = True
-    def __post_init__(self): check_fields(self)
 
     @property
     def uses_reference(self) -> bool: return bool(self.beta)

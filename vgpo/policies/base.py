@@ -21,6 +21,7 @@ from accelerate.utils.memory import clear_device_cache
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+# %% ../../nbs/training/36_policy.ipynb #c003b
 import vgpo.policies
 from ..files import check_weights
 from . import loading, lora

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RewardSpec', 'RewardError', 'Scores', 'Reward', 'FunctionName', 'checked_name', 'imported', 'Function',
            'check_images', 'check_inputs', 'check_tensor', 'check_values', 'check_scores', 'score', 'run_with_timeout',
-           'all_subclasses', 'reward_classes', 'options_of', 'build_reward', 'make_reward', 'Combined', 'networks_of']
+           'all_subclasses', 'reward_classes', 'options_of', 'build_reward', 'make_reward', 'shares', 'Combined',
+           'networks_of']
 
 # %% ../../nbs/world/22_rewards.ipynb #c002
 import copy
@@ -73,16 +74,20 @@ class Reward(ABC):
 
     def __post_init__(self): check_fields(self)
 
-    def check_row(self, row: dict) -> None:  # noqa: B027 - most rewards score every row
-        "Raise ValueError for a row of the prompt file that this reward cannot score."
-
-    def close(self) -> None:
-        "End the calls that wait for people, with an error."
-        self.closed = True
-
     @abstractmethod
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
         "Score `images` (B, H, W, 3) uint8, made for `prompts` (B), whose prompt-file rows are `metadata` (B)."
+
+# %% ../../nbs/world/22_rewards.ipynb #c015b
+@patch
+def check_row(self: Reward, row: dict) -> None:
+    "Raise ValueError for a row of the prompt file that this reward cannot score; most rewards score every row."
+
+
+@patch
+def close(self: Reward) -> None:
+    "End the calls that wait for people, with an error."
+    self.closed = True
 
 # %% ../../nbs/world/22_rewards.ipynb #n904
 class FunctionName(str):
@@ -273,6 +278,15 @@ def make_reward(spec: Any, **options: Any) -> Reward:
     if issubclass(found, Reward): return build_reward(found, options)
     raise ValueError(f"reward {spec!r} is a class, but no reward: derive it from vgpo.rewards.base.Reward")
 
+# %% ../../nbs/world/22_rewards.ipynb #c035a
+def shares(rewards: dict, weights: dict[str, float]) -> dict[str, float]:
+    "The weights of rewards by name, with a sum of 1; ValueError unless each has one, none is negative and one is above 0."
+    total = sum(weights.values())
+    if set(rewards) != set(weights) or not 0 < total < float("inf") or min(weights.values()) < 0:
+        raise ValueError(f"reward Combined has the rewards {', '.join(rewards)} and the weights {weights}: "
+                         "give each reward a weight, none of them negative and one above 0")
+    return {name: weights[name] / total for name in rewards}
+
 # %% ../../nbs/world/22_rewards.ipynb #c035
 @dataclass
 class Combined(Reward):
@@ -284,12 +298,8 @@ class Combined(Reward):
 
     def __post_init__(self):
         super().__post_init__()
-        total = sum(self.weights.values())
-        if set(self.rewards) != set(self.weights) or not 0 < total < float("inf") or min(self.weights.values()) < 0:
-            raise ValueError(f"reward Combined has the rewards {', '.join(self.rewards)} and the weights {self.weights}: "
-                             "give each reward a weight, none of them negative and one above 0")
+        self.weights = shares(self.rewards, self.weights)
         self.rewards = {name: make_reward(spec) for name, spec in self.rewards.items()}
-        self.weights = {name: self.weights[name] / total for name in self.rewards}
         self.name = " + ".join(f"{weight:.3g} {name}" for name, weight in self.weights.items())
         self.scale = f"{self.name}; " + "; ".join(f"{name}: {reward.scale}" for name, reward in self.rewards.items())
         self.version = "; ".join(f"{name}: {reward.version}" for name, reward in self.rewards.items())

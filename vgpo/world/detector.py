@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BITS', 'color_table', 'name_colors', 'components', 'sample_masks', 'sample_shapes', 'templates', 'similarity',
-           'ShapeDetector', 'GenEvalShapes']
+           'aspects', 'ShapeDetector', 'GenEvalShapes']
 
 # %% ../../nbs/world/27_detector.ipynb #c002
 import random
@@ -115,28 +115,32 @@ def similarity(masks, templates):
     both = masks @ templates.T
     return both / ((masks**2).sum(1, keepdims=True) + (templates**2).sum(1) - both)
 
+# %% ../../nbs/world/27_detector.ipynb #c027a
+def aspects(parts):
+    "Short side over long side (K,) of the boxes of regions, the rows (plane, label, y0, x0, y1, x1) of `parts`."
+    height, width = parts[:, 4] - parts[:, 2], parts[:, 5] - parts[:, 3]
+    return np.minimum(height, width) / np.maximum(height, width)
+
 # %% ../../nbs/world/27_detector.ipynb #c027
 class ShapeDetector:
-    """Rule-based detector of the tiny world's shapes: images (B, H, W, 3) uint8 -> a list of Detections per image.
+    """Rule-based detector of the tiny world's shapes: images (B, H, W, 3) uint8 -> a list of Detections per image, boxes (x0, y0, x1, y1).
 
     A region of one colour is the shape whose template its mask resembles most, with score (similarity * aspect)**1.5,
     aspect being the short side of its box over the long one. Drawn shapes score 0.9 to 1; halves and shapes that
     have grown together less than 0.6, the threshold to use, which many blobs exceed.
-    Boxes are (x0, y0, x1, y1), ends excluded.
     coverage: share of a pixel a shape must cover (see `color_table`); min_area: pixels below which a region is dust.
     """
 
     def __init__(self, coverage=0.7, min_area=12, grid=10):
         if not 0 < coverage < 1: raise ValueError(f"coverage must lie between 0 and 1, got {coverage}")
-        self.table, self.min_area, self.grid = color_table(coverage), min_area, grid
-        self.templates = templates(coverage, grid)
+        self.table, self.templates = color_table(coverage), templates(coverage, grid)
+        self.min_area, self.grid = min_area, grid
 
     def __call__(self, images):
         check_images(images)
         labels, planes, parts = components(name_colors(images, self.table), self.min_area)
         likeness = similarity(sample_masks(labels, parts, self.grid), self.templates)
-        h, w = parts[:, 4] - parts[:, 2], parts[:, 5] - parts[:, 3]
-        scores = (likeness.max(1) * np.minimum(h, w) / np.maximum(h, w)) ** 1.5
+        scores = (likeness.max(1) * aspects(parts)) ** 1.5
         shapes = likeness.argmax(1) // (len(self.templates) // len(SHAPES))
         found, names = [[] for _ in images], list(COLORS)
         for (plane, _, y0, x0, y1, x1), shape, score in zip(parts.tolist(), shapes.tolist(), scores.tolist()):
