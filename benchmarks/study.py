@@ -20,6 +20,8 @@ changes one thing of VGPO at a time, `kl` adds a KL penalty, and `steps` trains 
 held-out images in 10, 20 and 40. Part `collapse` starts where most groups agree, with a reward of 0 or 1 and guidance
 3, and varies the anchor; all of it at the rate of VGPO.
 Part `values` measures what states are worth, before and after training.
+Part `fast` spends about 150 seconds on DiffusionNFT without guidance, with fewer steps and with fewer of them trained,
+and scores it on training prompts. Part `long` trains the best of these for long, judged like `main`.
 """
 
 import json
@@ -57,7 +59,7 @@ TASKS = ("tiny-geneval", "tiny-ocr", "tiny-pickscore")
 EPOCHS, SEEDS = 24, range(5)
 TUNING_EPOCHS, TUNING_SEED, RATES, VALIDATION = 12, 1000, (1e-3, 3e-3), 264
 GUIDANCE, STEPS, HELD_OUT, BY_SDE = (1.0, 2.0, 3.0), 10, 528, 256  # after training: images by the ODE, and by the SDE
-QUICK, EVERY = 132, 6  # images of evaluations on the way, and epochs between them
+QUICK, EVERY = 132, 6  # images of evaluations on the way, and epochs between them, or more in a long run
 COMMON = ["--rollout.guidance_scale=2", "--objective.guidance_scale=2", "--model.compile=true"]
 UNGUIDED = ["--rollout.guidance_scale=1", "--objective.guidance_scale=1"]
 SCORED = "--credit.num_scored_steps=10"
@@ -91,6 +93,15 @@ EASY = [
     *("--prompts.train=easy_scenes:scenes", "--prompts.test=easy_scenes:scenes", "--reward=easy_scenes:right"),
     *("--rollout.guidance_scale=3", "--objective.guidance_scale=3"),
 ]
+SOME = ["--window=Random", "--window.per=group"]  # some of the noise levels, in each group others
+FAST = {  # of DiffusionNFT: epochs that take about as long, and options
+    "10 steps, 9 trained": (15, []),
+    "10 steps, 3 trained": (34, [*SOME, "--window.size=3"]),
+    "6 steps, 6 trained": (26, ["--rollout.num_inference_steps=6", "--window.size=6"]),
+    "6 steps, 3 trained": (40, [*SOME, "--rollout.num_inference_steps=6", "--window.size=3"]),
+    "5 steps, 2 trained": (58, [*SOME, "--rollout.num_inference_steps=5", "--window.size=2"]),
+}
+LONG = (80, 400, 950)
 ANCHORS = {"raw": ((0, 0.05, 0.2, 0.5, 1), []), "centred": ((0.2, 1), ["--credit.anchor_baseline=others"])}
 
 
@@ -192,6 +203,18 @@ def collapse():
     ]
 
 
+def fast():
+    "DiffusionNFT in ways that differ in the price of an epoch, with equally many seconds."
+    runs = {name: (epochs, [*METHODS["NFT"], *UNGUIDED, *words]) for name, (epochs, words) in FAST.items()}
+    return [cell("fast", TASKS[0], n, TUNING_SEED, epochs, o, tuned("NFT")) for n, (epochs, o) in runs.items()]
+
+
+def long():
+    "DiffusionNFT in the best of these ways, for long."
+    words = [*METHODS["NFT"], *UNGUIDED, *FAST["6 steps, 3 trained"][1]]
+    return [cell("long", TASKS[0], f"NFT, {n} epochs", s, n, words, tuned("NFT")) for s in SEEDS[:3] for n in LONG]
+
+
 PARTS = {
     "base": lambda: [cell("base", task, "base", 0, 0) for task in TASKS],
     "tune": tune,
@@ -201,6 +224,8 @@ PARTS = {
     "kl": kl,
     "steps": steps,
     "collapse": collapse,
+    "fast": fast,
+    "long": long,
     "values": lambda: [cell("values", TASKS[0], m, 0, epochs) for m, epochs in (("base", 0), ("VGPO", EPOCHS))],
 }
 
@@ -293,10 +318,10 @@ def validation_rows(rows):
 
 def fit(trainer, quick, scored):
     "Train to the end; the seconds that it took, and what was found on the way."
-    seconds, curve = 0.0, []
+    seconds, curve, every = 0.0, [], max(EVERY, trainer.epochs // 20)
     while True:
-        if trainer.epoch % EVERY == 0 and quick:
-            found = evaluate(trainer, quick, trainer.config.guidance_scale)
+        if trainer.epoch % every == 0 and quick:
+            found = evaluate(trainer, quick, GUIDANCE[1])
             spent = {"epoch": trainer.epoch, "seconds": round(seconds, 2), "scored": trainer.epoch * scored}
             curve.append(spent | {name: found[name] for name in ("scaled", "strict") if name in found})
         if trainer.epoch == trainer.epochs:
@@ -304,7 +329,7 @@ def fit(trainer, quick, scored):
         began = time.process_time()
         metrics = trainer.train_epoch()
         seconds += time.process_time() - began
-        if trainer.epoch % EVERY == 0:
+        if trainer.epoch % every == 0:
             kept = {k: round(v, 5) for k, v in metrics.items() if isinstance(v, float) and not k.startswith("time/")}
             curve.append({"epoch": trainer.epoch, "train": kept})
 
@@ -315,7 +340,7 @@ def train(run):
     torch.set_num_threads(1)
     words = ["--recipe", run["task"], f"--seed={run['seed']}", f"--epochs={run['epochs']}", *run["options"]]
     config = parse_config([*words, *([f"--optim.lr={run['lr']}"] if run["lr"] else [])])
-    tuning = run["part"] == "tune"
+    tuning = run["part"] in ("tune", "fast")
     rows = load_prompts(config.prompts.test, "test")[:HELD_OUT]
     if tuning:
         rows = validation_rows(load_prompts(config.prompts.train, "train"))
@@ -332,7 +357,9 @@ def train(run):
         return line | {"values": state_values(trainer)}
     if run["part"] == "steps":
         line["steps"] = {str(n): evaluate(trainer, rows, 2.0, n) for n in (10, 20, 40)}
-    line["guidance"] = {str(g): evaluate(trainer, rows, g) for g in (GUIDANCE[1:2] if tuning else GUIDANCE)}
+    line["guidance"] = {
+        str(g): evaluate(trainer, rows, g) for g in (GUIDANCE[1:2] if run["part"] == "tune" else GUIDANCE)
+    }
     return line if tuning else line | {"samplers": both_samplers(trainer, rows[:BY_SDE])}
 
 
