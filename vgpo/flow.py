@@ -50,8 +50,8 @@ def shifted_sigmas(num_steps, shift=3.0):
     if num_steps < 1 or num_steps != int(num_steps):
         raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps}")
     if not 0 < shift < math.inf: raise ValueError(f"shift must be positive and finite, got {shift}")
-    t = torch.linspace(1, 0, int(num_steps) + 1, dtype=torch.float64)
-    return (shift * t / (1 + (shift - 1) * t)).float()
+    even = torch.linspace(1, 0, int(num_steps) + 1, dtype=torch.float64)
+    return (shift * even / (1 + (shift - 1) * even)).float()
 
 # %% ../nbs/method/01_flow.ipynb #c029
 @torch.no_grad()

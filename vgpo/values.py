@@ -17,7 +17,7 @@ def check_steps(name, values):
 
 # %% ../nbs/credit/12_tcrm.ipynb #c030
 def discounted_values(rewards, gamma):
-    """Values Q (B, T) of instant rewards (B, T): Q[:, j] = sum over i >= j of gamma^(i-j) rewards[:, i].
+    """Values Q (B, T) of instant rewards (B, T): the reward of a step plus gamma times the value of the next step.
 
     `gamma` in [0, 1]: at 0 a step is credited with its own reward only, at 1 with all that follow. The sums are
     taken in float64. Raises ValueError for NaN, infinity, another shape or gamma. Source: VGPO paper, Eq. 10.
@@ -26,7 +26,7 @@ def discounted_values(rewards, gamma):
     if not 0 <= gamma <= 1: raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
     if not rewards.is_floating_point(): rewards = rewards.to(torch.get_default_dtype())
     steps = torch.arange(rewards.shape[1], device=rewards.device)
-    ahead = (steps[:, None] - steps).clamp(min=0).double()  # (T, T): i - j below the diagonal
+    ahead = (steps[:, None] - steps).clamp(min=0).double()  # (T, T): row minus column, below the diagonal
     return (rewards.double() @ (float(gamma) ** ahead).tril()).to(rewards.dtype)
 
 # %% ../nbs/credit/12_tcrm.ipynb #c041

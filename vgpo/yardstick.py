@@ -113,7 +113,7 @@ class Groups:
 def along_bumps(plane: Plane, j: int, x: torch.Tensor, x_next: torch.Tensor) -> torch.Tensor:
     "The gradient (N, 50) of the log-density of step j at x_next (N, 2) by shifts of its velocity at x (N, 2), Eq. (4)."
     step = plane.transition(j, x)
-    reach = (plane.transition(j, x[:1], 1.0).mean - step.mean[:1])[0, 0] / step.std  # c / s
+    reach = (plane.transition(j, x[:1], 1.0).mean - step.mean[:1])[0, 0] / step.std  # of the mean by the velocity, in stds
     return (bumps(x)[:, :, None] * (reach * (x_next - step.mean) / step.std)[:, None]).flatten(1)
 
 # %% ../nbs/credit/21_yardstick.ipynb #split1
@@ -149,7 +149,7 @@ def group_gradients(advantages: torch.Tensor, groups: Groups, clip_range=0.2) ->
 def read_gradients(means: torch.Tensor, squares: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Direction, size, signal to noise and signal (4, T+1), by step and of all steps together, Eqs. (6) to (8).
 
-    `means` (E, T, D) are the mean gradients of E epochs, `squares` (E, T) the mean |g|^2 of their groups, `truth` is (T, D).
+    `means` (E, T, D) are the mean gradients of E epochs, `squares` (E, T) the mean squared lengths of their groups', `truth` is (T, D).
     """
     epochs = len(means)
     signal = (means.sum(0).square() - means.square().sum(0)).sum(-1) / (epochs * (epochs - 1))  # no epoch with itself

@@ -29,7 +29,7 @@ class Credit:
     def __call__(self, rewards: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         """Advantages (N, T) from the rewards (N, T+1) of all states and the prompt ids (N,) of N images.
 
-        Column s of `rewards` belongs to state s, column j of the result to step j, from state j to state j + 1. A state that
+        Column j of `rewards` belongs to state j, column j of the result to step j, from state j to state j + 1. A state that
         was not scored holds what the next scored one got.
         """
         raise NotImplementedError

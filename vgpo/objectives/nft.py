@@ -18,7 +18,7 @@ from .matching import Matching, error
 class NFT(Matching):
     "DiffusionNFT's loss (arXiv:2509.16117): good images are fitted by a velocity beside the old one, bad ones by its mirror image."
     mix: PositiveFloat = 1.0
-    """b, how far the two fitted velocities lie from the old one, in units of how far the trained one does"""
+    """how far the two fitted velocities lie from the old one, in units of how far the trained one does"""
     max_advantage: PositiveFloat = 5.0
     """the advantage from which on an image counts as good altogether, and minus it as bad"""
     normalize: bool = True
