@@ -6,6 +6,7 @@ notebooks do.
 
 import json
 import os
+import re
 import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
@@ -75,3 +76,11 @@ def test_is_stored_with_outputs_and_without_errors(name):
     for place in ("site-packages", "/tmp/"):
         assert place not in json.dumps(outputs), f"{name} shows a path of the machine that it ran on"
     assert cells[0].source.startswith("# ")
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_exercise_has_an_answer(name):
+    texts = [cell.source for cell in nbformat.read(FOLDER / name, as_version=4).cells if cell.cell_type == "markdown"]
+    asked = [text.partition("## Exercises")[2] for text in texts]
+    exercises = [number for text in asked for number in re.findall(r"(?m)^(\d+)\. ", text)]
+    assert re.findall(r"<summary>Answer (\d+)</summary>", "\n".join(texts)) == exercises
