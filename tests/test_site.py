@@ -115,14 +115,18 @@ def test_what_is_folded_and_what_is_not():
         new_code_cell("#| export\n\n" + long),
         new_code_cell(long),
         new_code_cell("#| code-fold: true\nprint('row')", outputs=rows),
+        new_markdown_cell("<details><summary>Answer 1</summary>\n\nYes.\n\n</details>"),
+        new_code_cell("print(1)", metadata={"tags": ["hide-cell"]}),
         new_code_cell("x = 1\n#| eval: false"),
         new_markdown_cell(exercises),
     ]
     path = build.notebooks()[0]
     cells = nbformat.reads(build.notebook(json.dumps(new_notebook(cells=cells)), path), as_version=4).cells
-    assert [cell.source for cell in cells[2:-1]] == [long, long, "print('row')", "x = 1"]
-    tags = [cell.metadata.get("tags") for cell in cells[2:-1]]
-    assert tags == [[], ["hide-input"], ["hide-cell", "output_scroll"], []]
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert [cell.source for cell in code] == [long, long, "print('row')", "print(1)", "x = 1"]
+    tags = [cell.metadata.get("tags") for cell in code]
+    assert tags == [[], ["hide-input"], ["hide-input", "output_scroll"], ["hide-cell"], []]
+    assert code[3].metadata["mystnb"]["code_prompt_show"] == "Answer 1: show the code and its output"
     folded = re.search(r"<details class='exercises'>.*</details>", cells[-1].source, re.S)[0]
     assert "1. One\n   line\n2. Two" in folded and "Much" not in folded and "Text." not in folded
     assert "## Exercises" not in folded and "## Exercises" in cells[-1].source
