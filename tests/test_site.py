@@ -173,6 +173,9 @@ PHONE, DESK = (390, 844), (1400, 1000)
 TYPESET = "(!document.querySelector('.math') || document.querySelector('mjx-container'))"
 UNSET = "return [...document.querySelectorAll('.math')].filter(e => !e.querySelector('mjx-container')).length"
 
+CUT = """return [...document.querySelectorAll('div.math')].filter(e => e.querySelector('mjx-container')
+    .getBoundingClientRect().left < e.getBoundingClientRect().left - 1).map(e => e.innerText)"""
+
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args):
@@ -208,6 +211,7 @@ def test_a_page_is_shown_whole(site, page, size):
     assert window.run("return document.querySelectorAll('mjx-merror').length") == 0
     assert window.run("return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)") == []
     assert window.run("return document.documentElement.scrollWidth") <= size[0]
+    assert window.run(CUT) == []  # such a formula's beginning cannot be scrolled to
     assert window.said("SEVERE") == []
 
 
