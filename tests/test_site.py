@@ -77,6 +77,11 @@ def test_links_within_the_repository_have_targets(path):
     assert not gone
 
 
+def test_no_notebook_has_a_heading_twice():
+    headings = {path.name: Counter(re.findall(r"(?m)^#+ .+", markdown(path))) for path in build.notebooks()}
+    assert not {name: twice for name, found in headings.items() if (twice := [h for h, n in found.items() if n > 1])}
+
+
 # --- the text of a page ---
 
 
