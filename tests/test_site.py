@@ -77,6 +77,11 @@ def test_links_within_the_repository_have_targets(path):
     assert not gone
 
 
+def test_no_notebook_has_a_heading_twice():
+    headings = {path.name: Counter(re.findall(r"(?m)^#+ .+", markdown(path))) for path in build.notebooks()}
+    assert not {name: twice for name, found in headings.items() if (twice := [h for h, n in found.items() if n > 1])}
+
+
 # --- the text of a page ---
 
 
@@ -115,14 +120,18 @@ def test_what_is_folded_and_what_is_not():
         new_code_cell("#| export\n\n" + long),
         new_code_cell(long),
         new_code_cell("#| code-fold: true\nprint('row')", outputs=rows),
+        new_markdown_cell("<details><summary>Answer 1</summary>\n\nYes.\n\n</details>"),
+        new_code_cell("print(1)", metadata={"tags": ["hide-cell"]}),
         new_code_cell("x = 1\n#| eval: false"),
         new_markdown_cell(exercises),
     ]
     path = build.notebooks()[0]
     cells = nbformat.reads(build.notebook(json.dumps(new_notebook(cells=cells)), path), as_version=4).cells
-    assert [cell.source for cell in cells[2:-1]] == [long, long, "print('row')", "x = 1"]
-    tags = [cell.metadata.get("tags") for cell in cells[2:-1]]
-    assert tags == [[], ["hide-input"], ["hide-cell", "output_scroll"], []]
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert [cell.source for cell in code] == [long, long, "print('row')", "print(1)", "x = 1"]
+    tags = [cell.metadata.get("tags") for cell in code]
+    assert tags == [[], ["hide-input"], ["hide-input", "output_scroll"], ["hide-cell"], []]
+    assert code[3].metadata["mystnb"]["code_prompt_show"] == "Answer 1: show the code and its output"
     folded = re.search(r"<details class='exercises'>.*</details>", cells[-1].source, re.S)[0]
     assert "1. One\n   line\n2. Two" in folded and "Much" not in folded and "Text." not in folded
     assert "## Exercises" not in folded and "## Exercises" in cells[-1].source
@@ -169,6 +178,9 @@ PHONE, DESK = (390, 844), (1400, 1000)
 TYPESET = "(!document.querySelector('.math') || document.querySelector('mjx-container'))"
 UNSET = "return [...document.querySelectorAll('.math')].filter(e => !e.querySelector('mjx-container')).length"
 
+CUT = """return [...document.querySelectorAll('div.math')].filter(e => e.querySelector('mjx-container')
+    .getBoundingClientRect().left < e.getBoundingClientRect().left - 1).map(e => e.innerText)"""
+
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args):
@@ -204,6 +216,7 @@ def test_a_page_is_shown_whole(site, page, size):
     assert window.run("return document.querySelectorAll('mjx-merror').length") == 0
     assert window.run("return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)") == []
     assert window.run("return document.documentElement.scrollWidth") <= size[0]
+    assert window.run(CUT) == []  # such a formula's beginning cannot be scrolled to
     assert window.said("SEVERE") == []
 
 

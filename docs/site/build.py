@@ -121,7 +121,8 @@ def api_pages(part):
     result = {part: "\n".join([f"# API: {part}", "", *shown, "", listed])}
     for path, module, title, _ in found:
         auto = f"```{{eval-rst}}\n.. automodule:: {module}\n```\n"
-        result[module] = f"# {module}\n\nDerived in [{title}](../{path.relative_to(ROOT)}).\n\n{auto}"
+        name = module.replace("_", r"\_")  # or __main__ is bold
+        result[module] = f"# {name}\n\nDerived in [{title}](../{path.relative_to(ROOT)}).\n\n{auto}"
     return result
 
 
@@ -163,6 +164,7 @@ def folded_exercises(text):
 
 def code_cell(cell):
     "A code cell as it is shown: without nbdev's lines, folded where it is long or asks for it; None if hidden."
+    asked = cell.metadata.get("tags", [])
     lines = cell.source.splitlines()
     flags = [line[2:].strip() for line in lines if line.startswith("#|")]
     cell.source = "\n".join(line for line in lines if not line.startswith("#|")).strip("\n")
@@ -170,12 +172,10 @@ def code_cell(cell):
         return None
     exported = any(flag.startswith("export") for flag in flags)
     texts = ["".join(output.get("text") or output.get("data", {}).get("text/plain") or "") for output in cell.outputs]
-    tags = [
-        *(["hide-cell"] if "code-fold: true" in flags else []),
-        *(["hide-input"] if len(cell.source.splitlines()) > FOLDED_LINES and not exported else []),
-        *(["output_scroll"] if any(text.count("\n") > SCROLLED_LINES for text in texts) else []),
-    ]
-    cell.metadata["tags"] = tags[:1] + [tag for tag in tags[1:] if tag == "output_scroll"]
+    long = len(cell.source.splitlines()) > FOLDED_LINES and not exported
+    folded = "hide-cell" if "hide-cell" in asked else "hide-input" if long or "code-fold: true" in flags else None
+    scrolled = any(text.count("\n") > SCROLLED_LINES for text in texts)
+    cell.metadata["tags"] = [*([folded] if folded else []), *(["output_scroll"] if scrolled else [])]
     return cell
 
 
@@ -198,10 +198,14 @@ Binder, where everything is installed, or on Colab, where a first cell has to in
 
 def notebook(text, path):
     "The JSON of a notebook as it is shown."
-    nb = nbformat.reads(text, as_version=4)
+    nb, answer = nbformat.reads(text, as_version=4), None
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = folded_exercises(linked(cell.source, path))
+            answer = re.match(r"<details><summary>(Answer \d+)</summary>", cell.source)
+        elif answer and "hide-cell" in cell.metadata.get("tags", []):
+            shown, hidden = (f"{answer[1]}: {verb} the code and its output" for verb in ("show", "hide"))
+            cell.metadata["mystnb"] = {"code_prompt_show": shown, "code_prompt_hide": hidden}
     shown = [code_cell(cell) if cell.cell_type == "code" else cell for cell in nb.cells]
     nb.cells = [cell for cell in shown if cell is not None]
     nb.cells.insert(1, about(path))

@@ -20,6 +20,8 @@ extensions = [
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # of outputs; by default their tables are not read
+nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 smartquotes = False
@@ -63,6 +65,7 @@ def show_docstring(app, what, name, obj, options, lines):
     parts = re.split(r"(`+[^`]+`+)", "\n".join(lines))
     parts = [f"``{part.strip('`')}``" if part[:1] == "`" else re.sub(r"([\\*_|`])", r"\\\1", part) for part in parts]
     text = "".join(parts).replace("Args:\n", "")
+    text = re.sub(r"Alias for field number \d+", "", text)  # what Python says of a field of a named tuple
     lines[:] = re.sub(r"(?m)^ +(\w+): ", r":param \1: ", text).split("\n")
 
 
