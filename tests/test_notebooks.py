@@ -21,7 +21,16 @@ from execnb.shell import CaptureShell
 FOLDER = Path(__file__).parent.parent / "nbs"
 NOTEBOOKS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.ipynb"))
 TIMEOUT = 600  # seconds of a notebook
-LIBRARIES = ["accelerate", "diffusers", "matplotlib.pyplot", "peft", "scipy.stats", "torch", "transformers"]
+LIBRARIES = [
+    "accelerate",
+    "diffusers",
+    "matplotlib.pyplot",
+    "peft",
+    "scipy.stats",
+    "torch",
+    "transformers",
+    "vgpo.runs.session",
+]
 
 
 def skipped(cell):
