@@ -49,9 +49,8 @@ def one(made):
     return made(1)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_do_together_what_one_does(one, made, processes):
-    many = made(processes)
+def test_processes_do_together_what_one_does(one, made):
+    many = made(4)
     assert [folder.name for folder in many.iterdir() if folder.name != "record"] == ["run"]
     check(one, many)
     kept = [json.loads((folder / "run" / "inspect" / "epoch-00000.json").read_text()) for folder in (one, many)]

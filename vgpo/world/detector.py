@@ -125,9 +125,8 @@ def aspects(parts):
 class ShapeDetector:
     """Rule-based detector of the tiny world's shapes: images (B, H, W, 3) uint8 -> a list of Detections per image, boxes (x0, y0, x1, y1).
 
-    A region of one colour is the shape whose template its mask resembles most, with score (similarity * aspect)**1.5,
-    aspect being the short side of its box over the long one. Drawn shapes score 0.9 to 1; halves and shapes that
-    have grown together less than 0.6, the threshold to use, which many blobs exceed.
+    A region of one colour is the shape whose template its mask resembles most, with score (similarity * aspect)**1.5, see `aspects`.
+    Drawn shapes score 0.9 to 1; halves and shapes that have grown together less than 0.6, the threshold to use, which many blobs exceed.
     coverage: share of a pixel a shape must cover (see `color_table`); min_area: pixels below which a region is dust.
     """
 
