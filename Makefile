@@ -19,7 +19,7 @@ train: $(STAMP)
 	@$(BIN)/python -m vgpo.train $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 seeds: $(STAMP)
 	@for recipe in $(RECIPES); do $(BIN)/python benchmarks/seeds.py --recipe $$recipe $(ARGS) || exit; done
