@@ -45,7 +45,9 @@ class PolicyGradient(Objective, ABC):
     harmless = frozenset({"target_kl"})
 
     @property
-    def uses_reference(self) -> bool: return bool(self.beta or self.target_kl)
+    def uses_reference(self) -> bool:
+        "Whether `beta` or `target_kl` asks for the model before training."
+        return bool(self.beta or self.target_kl)
 
     @abstractmethod
     def surrogate(self, step: Transition, path: Trajectory, j, advantages: torch.Tensor) -> tuple[torch.Tensor, dict]:

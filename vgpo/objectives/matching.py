@@ -31,7 +31,9 @@ class Matching(Objective, ABC):
     samples_ode = True
 
     @property
-    def uses_reference(self) -> bool: return bool(self.beta)
+    def uses_reference(self) -> bool:
+        "Whether `beta` asks for the model before training."
+        return bool(self.beta)
 
     @abstractmethod
     def fit(self, velocity, old, target, advantages, sigma) -> tuple[torch.Tensor, dict]:
