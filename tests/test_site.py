@@ -202,6 +202,7 @@ def opened(site, page, size):
     "Show a page, its maths typeset and its images loaded."
     window, address = site
     window.resize(*size)
+    window.said()  # what earlier pages have said is theirs
     window.open(f"{address}/{page}")
     window.wait(f"document.readyState === 'complete' && {TYPESET}")
     return window
@@ -229,7 +230,8 @@ def test_nothing_is_fetched_from_elsewhere(site):
 def test_the_first_page_is_where_a_visitor_arrives(site):
     window, address = site
     window.open(address + "/")
-    window.wait(f"location.pathname === '/{PAGES[0]}' && document.querySelector('article h1')")
+    window.wait(f"location.pathname === '/{PAGES[0]}' && document.readyState === 'complete'")
+    assert window.run("return document.querySelector('article h1').textContent.length") > 1
 
 
 def test_search_finds_temporal_weight(site):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BITS', 'color_table', 'name_colors', 'components', 'sample_masks', 'sample_shapes', 'templates', 'similarity',
-           'aspects', 'ShapeDetector', 'GenEvalShapes']
+           'region_scores', 'ShapeDetector', 'GenEvalShapes']
 
 # %% ../../nbs/world/27_detector.ipynb #c002
 import random
@@ -116,16 +116,19 @@ def similarity(masks, templates):
     return both / ((masks**2).sum(1, keepdims=True) + (templates**2).sum(1) - both)
 
 # %% ../../nbs/world/27_detector.ipynb #c027a
-def aspects(parts):
-    "Short side over long side (K,) of the boxes of regions, the rows (plane, label, y0, x0, y1, x1) of `parts`."
+def region_scores(likeness, parts):
+    """Scores (K,) of regions: (similarity * aspect)**1.5, aspect being the short side of the box over the long one.
+
+    `likeness` (K, N) are the similarities to the templates, the rows of `parts` are (plane, label, y0, x0, y1, x1).
+    """
     height, width = parts[:, 4] - parts[:, 2], parts[:, 5] - parts[:, 3]
-    return np.minimum(height, width) / np.maximum(height, width)
+    return (likeness.max(1) * np.minimum(height, width) / np.maximum(height, width)) ** 1.5
 
 # %% ../../nbs/world/27_detector.ipynb #c027
 class ShapeDetector:
     """Rule-based detector of the tiny world's shapes: images (B, H, W, 3) uint8 -> a list of Detections per image, boxes (x0, y0, x1, y1).
 
-    A region of one colour is the shape whose template its mask resembles most, with score (similarity * aspect)**1.5, see `aspects`.
+    A region of one colour is the shape whose template its mask resembles most, with the score of `region_scores`.
     Drawn shapes score 0.9 to 1; halves and shapes that have grown together less than 0.6, the threshold to use, which many blobs exceed.
     coverage: share of a pixel a shape must cover (see `color_table`); min_area: pixels below which a region is dust.
     """
@@ -139,7 +142,7 @@ class ShapeDetector:
         check_images(images)
         labels, planes, parts = components(name_colors(images, self.table), self.min_area)
         likeness = similarity(sample_masks(labels, parts, self.grid), self.templates)
-        scores = (likeness.max(1) * aspects(parts)) ** 1.5
+        scores = region_scores(likeness, parts)
         shapes = likeness.argmax(1) // (len(self.templates) // len(SHAPES))
         found, names = [[] for _ in images], list(COLORS)
         for (plane, _, y0, x0, y1, x1), shape, score in zip(parts.tolist(), shapes.tolist(), scores.tolist()):
