@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-import nbformat
 import pytest
+from execnb.nbio import read_nb
 
 ROOT = Path(__file__).parents[1]
 PARTS = "method credit world training rewards evaluation models runs practice lab".split()  # in their order
@@ -32,7 +32,7 @@ def number(path):
 @lru_cache
 def code(path):
     "The code cells of a notebook, without empty ones."
-    cells = nbformat.read(path, as_version=4).cells
+    cells = read_nb(path).cells
     return [cell.source for cell in cells if cell.cell_type == "code" and cell.source.strip()]
 
 

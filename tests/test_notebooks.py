@@ -13,7 +13,6 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import nbformat
 import pytest
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell
@@ -24,8 +23,10 @@ TIMEOUT = 600  # seconds of a notebook
 LIBRARIES = [
     "accelerate",
     "diffusers",
+    "execnb.shell",
     "matplotlib.pyplot",
     "peft",
+    "pytest",
     "scipy.stats",
     "torch",
     "transformers",
@@ -78,7 +79,7 @@ def test_executes(folder, processes, name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_is_stored_with_outputs_and_without_errors(name):
-    cells = nbformat.read(FOLDER / name, as_version=4).cells
+    cells = read_nb(FOLDER / name).cells
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     assert outputs, f"{name} is stored without outputs: execute it"
     assert not [output for output in outputs if output.output_type == "error"]
@@ -89,7 +90,7 @@ def test_is_stored_with_outputs_and_without_errors(name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_exercise_has_an_answer(name):
-    texts = [cell.source for cell in nbformat.read(FOLDER / name, as_version=4).cells if cell.cell_type == "markdown"]
+    texts = [cell.source for cell in read_nb(FOLDER / name).cells if cell.cell_type == "markdown"]
     asked = [text.partition("## Exercises")[2] for text in texts]
     exercises = [number for text in asked for number in re.findall(r"(?m)^(\d+)\. ", text)]
     assert re.findall(r"<summary>Answer (\d+)</summary>", "\n".join(texts)) == exercises

@@ -199,9 +199,15 @@ def flipped(root, folder, option, kind, value):
 
 
 @lru_cache
+def small(recipe):
+    "A recipe's Config, read once."
+    return parse_config([*SMALL, *RECIPES[recipe]])
+
+
+@lru_cache
 def options(recipe):
     "{option: (type, value)} of a recipe, but for those that cannot be tried."
-    data = as_data(parse_config([*SMALL, *RECIPES[recipe]]))
+    data = as_data(small(recipe))
     kinds = option_types(Config, data)
     return {option: (kinds[option], value) for option, value in leaves(data).items() if option not in UNTRIED}
 
@@ -222,7 +228,7 @@ def parsed(words):
 def owner(recipe, option):
     "The class that an option of a recipe's plug is a field of: an inherited one means the same in every class below."
     section, *_, name = option.split(".")
-    kind = type(getattr(parse_config([*SMALL, *RECIPES[recipe]]), section))
+    kind = type(getattr(small(recipe), section))
     return owner_of(kind, name)
 
 
