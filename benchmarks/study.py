@@ -13,15 +13,17 @@ The protocol. Models are trained with guidance 2 and judged with it: what it giv
 method is tuned alike: two learning rates, half as many epochs, one seed that is used nowhere else, scored on *training*
 prompts of tiny-geneval (part `tune`); variants take the rate of their method, and all tasks the same rate. All methods
 see the same prompts and equally many images per epoch. Held-out prompts are drawn by the ODE in 10 steps with guidance
-1, 2 and 3: a method's score is its best of these, as the base model's is. Seeds are 0 to 4.
+1, 2 and 3: a method's score is its best of these, as the base model's is. Seeds are 0 to 4. Part `main` trains for 24
+epochs on tiny-geneval and for 12 on the other tasks.
 
 Part `unguided` trains without guidance, for twice as many epochs, and is judged in the same way. Part `variants`
 changes one thing of VGPO at a time, `kl` adds a KL penalty, and `steps` trains with another number of steps and draws
 held-out images in 10, 20 and 40. Part `collapse` starts where most groups agree, with a reward of 0 or 1 and guidance
 3, and varies the anchor; all of it at the rate of VGPO.
 Part `values` measures what states are worth, before and after training.
-Part `fast` spends about 150 seconds on DiffusionNFT without guidance, with fewer steps and with fewer of them trained,
-and scores it on training prompts. Part `long` trains the cheapest of these for longer, judged like `main`.
+Part `fast` spends about 300 seconds on DiffusionNFT without guidance, with fewer steps, with fewer of them trained, and
+with all weights trained in place of a LoRA at several rates, and scores it on training prompts. Part `long` trains all
+weights for as long, and for longer, judged like `main`.
 """
 
 import json
@@ -94,12 +96,17 @@ EASY = [
     *("--rollout.guidance_scale=3", "--objective.guidance_scale=3"),
 ]
 SOME = ["--window=Random", "--window.per=group"]  # some of the noise levels, in each group others
-FAST = {  # of DiffusionNFT: epochs that take about as long, and options
-    "10 steps, 9 trained": (15, []),
-    "10 steps, 3 trained": (34, [*SOME, "--window.size=3"]),
-    "6 steps, 3 trained": (40, [*SOME, "--rollout.num_inference_steps=6", "--window.size=3"]),
+SHORT = [*SOME, "--rollout.num_inference_steps=6", "--window.size=3"]
+WHOLE = [*SHORT, "--model.lora_rank=0"]
+FAST = {  # of DiffusionNFT: epochs that take about as long, learning rate (None: the tuned one), and options
+    "10 steps, 9 trained": (30, None, []),
+    "10 steps, 3 trained": (68, None, [*SOME, "--window.size=3"]),
+    "6 steps, 3 trained": (80, None, SHORT),
+    "6 steps, 3 trained, all weights": (80, 3e-4, WHOLE),
+    "6 steps, 3 trained, all weights, rate 0.0001": (80, 1e-4, WHOLE),
+    "6 steps, 3 trained, all weights, rate 0.001": (80, 1e-3, WHOLE),
 }
-LONG = ((80, 1e-3), (240, 1e-3), (400, 3e-3))  # epochs, learning rate
+LONG = (80, 320)  # epochs
 ANCHORS = {"raw": ((0, 0.05, 0.2, 0.5, 1), []), "centred": ((0.2, 1), ["--credit.anchor_baseline=others"])}
 
 
@@ -145,8 +152,9 @@ def tune():
 
 
 def main_runs():
-    "Every method on every task; all methods with one seed before the next seed begins."
-    return [cell("main", task, m, seed, lr=tuned(m)) for task in TASKS for seed in SEEDS for m in METHODS]
+    "Every method on every task; all of them with one seed before the next seed begins."
+    epochs = dict.fromkeys(TASKS, EPOCHS // 2) | {TASKS[0]: EPOCHS}
+    return [cell("main", t, m, seed, epochs[t], lr=tuned(m)) for seed in SEEDS for t in TASKS for m in METHODS]
 
 
 def unguided():
@@ -202,16 +210,18 @@ def collapse():
 
 
 def fast():
-    "DiffusionNFT in ways that differ in the price of an epoch, with equally many seconds."
-    runs = {name: (epochs, [*METHODS["NFT"], *UNGUIDED, *words]) for name, (epochs, words) in FAST.items()}
-    return [cell("fast", TASKS[0], n, TUNING_SEED, epochs, o, tuned("NFT")) for n, (epochs, o) in runs.items()]
+    "DiffusionNFT in ways that differ in the price of an epoch or in what they train, with equally many seconds."
+    return [
+        cell("fast", TASKS[0], name, TUNING_SEED, epochs, [*METHODS["NFT"], *UNGUIDED, *words], lr or tuned("NFT"))
+        for name, (epochs, lr, words) in FAST.items()
+    ]
 
 
 def long():
-    "DiffusionNFT in the cheapest of these ways, for longer."
-    words = [*METHODS["NFT"], *UNGUIDED, *FAST["6 steps, 3 trained"][1]]
-    runs = [(seed, *run) for run in LONG for seed in SEEDS[:3]]
-    return [cell("long", TASKS[0], f"NFT, {epochs} epochs", seed, epochs, words, lr) for seed, epochs, lr in runs]
+    "DiffusionNFT of all weights for as long, and for longer."
+    _, lr, words = FAST["6 steps, 3 trained, all weights"]
+    words = [*METHODS["NFT"], *UNGUIDED, *words]
+    return [cell("long", TASKS[0], f"NFT, {n} epochs", s, n, words, lr) for n in LONG for s in SEEDS[:3]]
 
 
 PARTS = {
